@@ -1,0 +1,1 @@
+"""Pure, differentiable optimizers, and a deterministic minimizer."""

@@ -1,0 +1,78 @@
+"""What an optimizer is: a pure, differentiable map from a gradient to a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from bilevel.status import Status
+
+Hyperparameter: TypeAlias = float | Tensor | Callable[[Any, int], float | Tensor]
+"""A number, a tensor that broadcasts against y, or a function of `(x, step)`: so schedules and learned rates are one thing."""
+
+
+def at(value: Hyperparameter, x: Any, step: int) -> float | Tensor:
+    """Evaluate a hyperparameter at x and the optimizer's step (0 for its first)."""
+    return value(x, step) if callable(value) else value
+
+
+S = TypeVar("S", bound=NamedTuple)
+
+
+class Optimizer(ABC, Generic[S]):
+    """A first-order method on flat vectors. Implementations are frozen dataclasses whose state is a NamedTuple.
+
+    `update` is made of differentiable operations in y, gradient, state and x, so that a chain of updates can be
+    differentiated; it never mutates its arguments.
+    """
+
+    @abstractmethod
+    def init(self, y: Tensor) -> S:
+        """Return the state before the first step at y (`[d]` or `[m, d]`); its field `step` is the int 0."""
+
+    @abstractmethod
+    def update(self, y: Tensor, gradient: Tensor, state: S, x: Any = None) -> tuple[Tensor, S]:
+        """Return the next y and state.
+
+        Args:
+            y: the variables, `[d]` or `[m, d]`.
+            gradient: the gradient at y.
+            state: what `init` or the last `update` returned.
+            x: passed to hyperparameters that are functions of `(x, step)`.
+        """
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Optimizer[S]:
+        """Return this optimizer with its step length multiplied by `factor` (schedules included)."""
+
+    @abstractmethod
+    def sensitivity(self, gradient: Tensor, state: S, x: Any = None) -> Tensor:
+        """Return the diagonal of -d(update)/d(gradient) at `gradient`, given the state before that update.
+
+        It is what SAMA (Choe et al., 2023) puts in place of the inverse Hessian: `lr` for SGD.
+        """
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a deterministic minimizer stopped.
+
+    Args:
+        y: the point, `[d]` or `[m, d]`.
+        value: the objective there.
+        gradient_norm: Euclidean norm of the gradient there (over all rows).
+        status: CONVERGED, STEP_LIMIT, STALLED, DIVERGED or NON_FINITE.
+        steps: iterations made.
+        evaluations: calls of the objective with its gradient.
+    """
+
+    y: Tensor
+    value: Tensor
+    gradient_norm: Tensor
+    status: Status
+    steps: int
+    evaluations: int
