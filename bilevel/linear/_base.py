@@ -17,7 +17,7 @@ class Operator:
     """A symmetric linear map A that acts row by row: row i of `[m, d]` is multiplied by its own A_i `[d, d]`.
 
     Everything also works on `[d]`, one system. Only `apply` is required; the other fields are what the caller happens
-    to know, and some solvers need them.
+    to know, and some solvers need them. `GMRES` and `NormalCG` also take maps that are not symmetric.
 
     Args:
         apply: v -> A v, `[d] -> [d]` or `[m, d] -> [m, d]`.
@@ -25,6 +25,7 @@ class Operator:
         diagonal: a part D >= 0 of A = B + diag(D) that is known exactly, `[d]` or `[m, d]`.
         gradients: k -> G, k sampled gradients `[k, d]` or `[k, m, d]` of the objective whose Hessian A is.
         step_diagonal: the diagonal of d(optimizer step)/d(gradient), `[d]` or `[m, d]`.
+        apply_transpose: v -> A^T v, shaped like `apply`; None declares A symmetric.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ class Operator:
     diagonal: Tensor | None = None
     gradients: Callable[[int], Tensor] | None = None
     step_diagonal: Tensor | None = None
+    apply_transpose: Callable[[Tensor], Tensor] | None = None
 
     def many(self, vectors: Tensor) -> Tensor:
         """Return A applied to each of the k vectors `[k, *shape]`."""
@@ -47,7 +49,8 @@ class LinearSolution:
     Args:
         value: w, shaped like b.
         status: the worst status over the rows.
-        residual: `‖b - (A + damping I) w‖ / ‖b‖` of each row (0 where b is 0), shape `[]` or `[m]`.
+        residual: `‖b - (A + damping I) w‖ / ‖b‖` of each row (0 where b is 0), shape `[]` or `[m]`, float64, recomputed
+            from w at the end; not a number where the solver was told not to spend the product (`check=False`).
         steps: iterations made.
         products: products with A that it took (one for each vector and all its rows together).
         curvature: smallest and largest curvature seen (Ritz values or Rayleigh quotients) of A, over all rows; they
@@ -63,7 +66,10 @@ class LinearSolution:
 
 
 class LinearSolver(ABC):
-    """Solves (A + damping I) w = b row by row, or says that it could not. Implementations are frozen dataclasses."""
+    """Solves (A + damping I) w = b row by row, or says that it could not. Implementations are frozen dataclasses.
+
+    Values are detached. A row that failed before its first step from zero gets `b / |curvature|`, never zeros.
+    """
 
     @abstractmethod
     def solve(
@@ -81,12 +87,14 @@ class LinearSolver(ABC):
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the row-wise inner product `[..., 1]`, accumulated in float64."""
-    return (a.double() * b.double()).sum(-1, keepdim=True)
+    product: Tensor = torch.linalg.vecdot(a.double(), b.double())
+    return product.unsqueeze(-1)
 
 
 def norm(a: Tensor) -> Tensor:
     """Return the row-wise Euclidean norm `[..., 1]` in float64."""
-    return dot(a, a).sqrt()
+    length: Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=True, dtype=torch.float64)
+    return length
 
 
 def relative_residual(residual: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,150 @@
+"""Conjugate gradients for positive definite A, which says so when A is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bilevel.linear._base import LinearSolution, LinearSolver, Operator, dot, norm
+from bilevel.linear._krylov import Correction, Tridiagonal, correct
+from bilevel.linear._rows import (
+    OPEN,
+    Products,
+    at_door,
+    check_period,
+    mark,
+    open_codes,
+    require_at_least,
+    require_nonnegative,
+)
+from bilevel.linear.preconditioners import Preconditioner, Prepared
+from bilevel.status import Status
+
+
+@dataclass(frozen=True)
+class CG(LinearSolver):
+    """Minimize ½ w^T (A + damping I) w - b^T w by conjugate directions; A + damping I must be positive definite.
+
+        a = ρ / p^T A p;  w += a p;  r -= a A p;  z = P^-1 r;  ρ' = r^T z;  p = z + (ρ' / ρ) p;  ρ = ρ'
+
+    After k steps the error in the energy norm has shrunk by 2 ((√κ - 1) / (√κ + 1))^k or better, κ the condition
+    number (of P^-1 A). A direction of curvature p^T A p <= `flat` ‖p‖² max-curvature stops its row, as the residual
+    alone cannot tell: on an indefinite A it may shrink all the same.
+
+    Args:
+        tol: >= 0, stop a row where ‖b - A w‖ <= tol ‖b‖ (relative to ‖b‖ also on a warm start).
+        max_steps: >= 1; None means 2 d (exact arithmetic needs d).
+        damping: >= 0, units of A; shifts the solution by at most the fraction damping / (damping + μ), μ = least
+            curvature.
+        preconditioner: makes P; None is P = I.
+        check_every: >= 1, steps between two looks whether all rows are done; None is 1 on a CPU, and 5 elsewhere,
+            where a look makes the host wait.
+        flat: >= 0, relative curvature that counts as none; None is ten units of rounding.
+
+    Cost:
+        One product and 8 vector operations a step, 6 vectors of memory; one product for a warm start and one to
+        recompute the residual at the end. Where that shows that the recurrence has drifted, CG restarts from there.
+        (Replacing the residual every 50 steps instead, as often advised, was measured to spoil conjugacy: in float32
+        at d = 400, κ = 1000, it left 2e-3 where this leaves 2e-5.)
+
+    Notes:
+        CONVERGED only by the recomputed residual. STEP_LIMIT: also where rounding forbids the tolerance.
+        NEGATIVE_CURVATURE: the row stops at the iterate before (see `curvature`). SINGULAR: a flat direction was met
+        while the residual was large. BREAKDOWN: P is not positive definite. A consistent singular system converges,
+        to the minimum-norm solution if started from zero without preconditioner, and cannot be told from a regular
+        one. Curvature: Ritz values, with a preconditioner Rayleigh quotients of the directions.
+
+    References:
+        Hestenes and Stiefel, 1952, Journal of Research of the National Bureau of Standards 49(6).
+        Pedregosa, 2016, ICML, arXiv:1602.02355 (its use for hyperparameters).
+
+    Example:
+        >>> import torch
+        >>> from bilevel.linear import CG, Operator
+        >>> solution = CG().solve(Operator(lambda v: 2 * v), torch.tensor([2.0, 4.0]))
+        >>> solution.value, solution.status.name
+        (tensor([1., 2.]), 'CONVERGED')
+    """
+
+    tol: float = 1e-3
+    max_steps: int | None = 20
+    damping: float = 0.0
+    preconditioner: Preconditioner | None = None
+    check_every: int | None = None
+    flat: float | None = None
+
+    def __post_init__(self) -> None:
+        require_nonnegative("CG", tol=self.tol, damping=self.damping, flat=self.flat)
+        require_at_least("CG", 1, max_steps=self.max_steps, check_every=self.check_every)
+
+    def solve(
+        self, operator: Operator, b: Tensor, x0: Tensor | None = None, *, tol: float | None = None
+    ) -> LinearSolution:
+        """Solve; see `LinearSolver.solve`."""
+        b, x0 = at_door("CG", b, x0)
+        prepared = None
+        products = Products(operator, self.damping)
+        if self.preconditioner is not None:
+            prepared = self.preconditioner.prepare(operator, b, self.damping)
+            products.count += prepared.products
+        kernel = partial(self._descend, products, prepared)
+        steps = 2 * b.shape[-1] if self.max_steps is None else self.max_steps
+        return correct(kernel, products, b, x0, self.tol if tol is None else tol, steps)
+
+    def _descend(
+        self, products: Products, prepared: Prepared | None, start: Tensor, target: Tensor, active: Tensor, budget: int
+    ) -> Correction:
+        """Reduce ‖start - A e‖ to `target` in the active rows; all scalars are `[..., 1]` in float64."""
+        precondition = prepared.apply if prepared is not None else (lambda v: v)
+        eps = 10 * torch.finfo(start.dtype).eps if self.flat is None else self.flat
+        period = check_period(self.check_every, start.device)
+        e, r = torch.zeros_like(start), start
+        best, least = e, torch.full_like(target, torch.inf)
+        z = precondition(r)
+        p = torch.where(active, z, 0.0)
+        rho, codes = dot(r, z), open_codes(target)
+        codes = mark(codes, active & ~(rho > 0), Status.BREAKDOWN)
+        low, high = torch.full_like(target, torch.inf), torch.full_like(target, -torch.inf)
+        carried, lanczos, step = torch.zeros_like(target), Tridiagonal(), 0
+        for step in range(1, budget + 1):
+            q = products(p)
+            energy, length = dot(p, q), dot(p, p)
+            working = active & (codes == OPEN)
+            rayleigh = energy / length
+            low = torch.where(working & (rayleigh < low), rayleigh, low)
+            high = torch.where(working & (rayleigh > high), rayleigh, high)
+            floor = eps * torch.maximum(low.abs(), high.abs()) * length
+            codes = mark(codes, working & ~energy.isfinite(), Status.NON_FINITE)
+            codes = mark(codes, working & (energy < -floor), Status.NEGATIVE_CURVATURE)
+            codes = mark(codes, working & (energy <= floor), Status.SINGULAR)
+            lanczos.diagonal.append(torch.where(working, energy / rho + carried, torch.nan))
+            working = working & (codes == OPEN)
+            a = torch.where(working, rho / energy, 0.0)
+            e = e + (a * p).to(e.dtype)
+            r = r - (a * q).to(e.dtype)
+            size = norm(r)
+            # Below eps ‖A‖ ‖e‖ the recurrence shrinks on, but the true residual no longer follows.
+            reached = size <= torch.maximum(target, eps / 10 * high * norm(e))
+            codes = mark(codes, working & reached, Status.CONVERGED)
+            better = working & (size < least)
+            best, least = torch.where(better, e, best), torch.where(better, size, least)
+            z = precondition(r)
+            last, rho = rho, dot(r, z)
+            codes = mark(codes, working & ~(rho > 0), Status.BREAKDOWN)
+            working = working & (codes == OPEN)
+            beta = rho / last
+            lanczos.beside.append(torch.where(working, beta.sqrt() / a, torch.nan))
+            carried = beta / a
+            p = torch.where(working, z + (beta * p).to(e.dtype), 0.0)
+            if step % period == 0 and not bool(working.any()):
+                break
+        if prepared is None:
+            ritz = lanczos.extremes()
+            low, high = torch.minimum(low, ritz[0]), torch.maximum(high, ritz[1])
+        # An iterate further off than the start is a blow-up: return the best one instead.
+        lost = norm(r) > norm(start)
+        hopeless = lost & (low <= 10 * eps * high)
+        return Correction(torch.where(lost, best, e), mark(codes, hopeless, Status.SINGULAR), step, low, high)
