@@ -1,1 +1,10 @@
-"""Pure, differentiable optimizers, and a deterministic minimizer."""
+"""Optimizers as pure, differentiable maps; schedules; a deterministic minimizer."""
+
+from bilevel.optimizers._base import Minimum, Optimizer
+from bilevel.optimizers.adam import Adam, AdamW
+from bilevel.optimizers.from_torch import from_torch
+from bilevel.optimizers.lbfgs import LBFGS
+from bilevel.optimizers.schedules import Cosine, StepDecay
+from bilevel.optimizers.sgd import SGD
+
+__all__ = ["LBFGS", "SGD", "Adam", "AdamW", "Cosine", "Minimum", "Optimizer", "StepDecay", "from_torch"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.status import Status
 
 Hyperparameter: TypeAlias = float | Tensor | Callable[[Any, int], float | Tensor]
-"""A number, a tensor that broadcasts against y, or a function of `(x, step)`: so schedules and learned rates are one thing."""
+"""A number, a tensor that broadcasts against y, or a function of `(x, step)`: a schedule, a learned rate, or both."""
 
 
 def at(value: Hyperparameter, x: Any, step: int) -> float | Tensor:
@@ -45,15 +45,26 @@ class Optimizer(ABC, Generic[S]):
             x: passed to hyperparameters that are functions of `(x, step)`.
         """
 
+    @property
+    def needs_lr(self) -> bool:
+        """Whether the step length is still missing; then `with_lr` must supply one before `update`."""
+        return False
+
+    @abstractmethod
+    def with_lr(self, lr: Hyperparameter) -> Optimizer[S]:
+        """Return this optimizer with the step length `lr`; everything else is kept."""
+
     @abstractmethod
     def scaled(self, factor: float) -> Optimizer[S]:
         """Return this optimizer with its step length multiplied by `factor` (schedules included)."""
 
     @abstractmethod
-    def sensitivity(self, gradient: Tensor, state: S, x: Any = None) -> Tensor:
+    def sensitivity(self, gradient: Tensor, state: S, x: Any = None, y: Tensor | None = None) -> Tensor:
         """Return the diagonal of -d(update)/d(gradient) at `gradient`, given the state before that update.
 
-        It is what SAMA (Choe et al., 2023) puts in place of the inverse Hessian: `lr` for SGD.
+        It is what SAMA (Choe et al., 2023) puts in place of the inverse Hessian: `lr` for plain SGD. Entries may be
+        negative (Adam); the caller decides whether to clamp them. `y` is needed only where weight decay enters the
+        preconditioner (Adam with `weight_decay`).
         """
 
 

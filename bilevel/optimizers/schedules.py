@@ -1,0 +1,89 @@
+"""Schedules: functions of `(x, step)` that serve wherever a hyperparameter does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from bilevel.optimizers._base import Hyperparameter, at
+from bilevel.optimizers._hyperparameters import check, check_count
+
+
+@final
+@dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end`, then `end` for ever.
+
+        end + (start - end) (1 + cos(pi min(step, steps) / steps)) / 2
+
+    Up to `steps` these are the values of `torch.optim.lr_scheduler.CosineAnnealingLR`, which climbs again afterwards.
+
+    Args:
+        start: value at step 0; a number, a tensor or a function of `(x, step)`, so it may be learned.
+        end: value from `steps` on; likewise.
+        steps: at least 1.
+
+    Raises:
+        InvalidProblem: an option is of a wrong type or not finite, or steps is less than 1.
+
+    References:
+        Loshchilov and Hutter (2017), arXiv 1608.03983, without restarts.
+
+    Example:
+        >>> Cosine(1.0, steps=4)(None, 2)
+        0.5
+    """
+
+    start: Hyperparameter
+    end: Hyperparameter = 0.0
+    _: KW_ONLY
+    steps: int
+
+    def __post_init__(self) -> None:
+        check("start", self.start, -math.inf, math.inf)
+        check("end", self.end, -math.inf, math.inf)
+        check_count("steps", self.steps, 1)
+
+    def __call__(self, x: Any, step: int) -> float | Tensor:
+        """Return the value at `step` >= 0."""
+        start, end = at(self.start, x, step), at(self.end, x, step)
+        return end + (start - end) * ((1 + math.cos(math.pi * min(step, self.steps) / self.steps)) / 2)
+
+
+@final
+@dataclass(frozen=True)
+class StepDecay:
+    """A value multiplied by `factor` after every `every` steps.
+
+        start factor^floor(step / every)
+
+    These are the values of `torch.optim.lr_scheduler.StepLR`.
+
+    Args:
+        start: value at step 0; a number, a tensor or a function of `(x, step)`, so it may be learned.
+        factor: >= 0; likewise.
+        every: at least 1.
+
+    Raises:
+        InvalidProblem: an option is of a wrong type or out of its range.
+
+    Example:
+        >>> [StepDecay(8.0, factor=0.5, every=2)(None, step) for step in range(5)]
+        [8.0, 8.0, 4.0, 4.0, 2.0]
+    """
+
+    start: Hyperparameter
+    factor: Hyperparameter
+    every: int
+
+    def __post_init__(self) -> None:
+        check("start", self.start, -math.inf, math.inf)
+        check("factor", self.factor, 0.0, math.inf)
+        check_count("every", self.every, 1)
+
+    def __call__(self, x: Any, step: int) -> float | Tensor:
+        """Return the value at `step` >= 0."""
+        return at(self.start, x, step) * at(self.factor, x, step) ** (step // self.every)
