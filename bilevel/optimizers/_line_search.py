@@ -45,7 +45,7 @@ class Search(NamedTuple):
 
 
 def strong_wolfe(
-    evaluate: Callable[[float], Trial], start: Trial, first: float, noise: float, max_trials: int
+    evaluate: Callable[[float], Trial], start: Trial, first: float, noise: float, shortest: float, max_trials: int
 ) -> Search:
     """Find a length where the strong Wolfe conditions hold.
 
@@ -62,6 +62,7 @@ def strong_wolfe(
         start: the trial at length 0, with a negative slope.
         first: the first length to try.
         noise: size of the rounding error of a value.
+        shortest: lengths that differ by less are one point after rounding.
         max_trials: at least 1.
 
     References:
@@ -87,7 +88,7 @@ def strong_wolfe(
             length = _extrapolate(previous, low)
             continue
         width = high.length - low.length
-        if count >= 3 and -width * start.slope <= noise:
+        if width <= shortest or (count >= 3 and -width * start.slope <= noise):
             break
         length = low.length + width * _fraction(low, high, noise, slow=width > 0.5 * previous_width)
         if not low.length < length < high.length:

@@ -54,8 +54,9 @@ class LBFGS:
 
     Notes:
         DIVERGED means that the value still fell as steeply a million times the first step length away, or that it fell
-        below -max(1, |first value|) / eps²: the objective may be unbounded below. NON_FINITE means a start, or all trials of a line search, that
-        are not finite. Functions that fall forever but level off (separable data without a regularizer) end by `tol`.
+        below -max(1, |first value|) / eps²: the objective may be unbounded below. NON_FINITE means a start, or all
+        trials of a line search, that are not finite. Functions that fall forever but level off (separable data without
+        a regularizer) end by `tol`.
 
     References:
         Liu and Nocedal (1989), "On the limited memory BFGS method for large scale optimization"; Nocedal and Wright
@@ -111,6 +112,11 @@ def _check_tol(tol: float) -> None:
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.dot(left.flatten().double(), right.flatten().double())
+
+
+def _norm(vector: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return norm
 
 
 class _Pairs:
@@ -169,8 +175,10 @@ class _Run:
         """Move to a lower point; return a status if that ends the run."""
         noise = _NOISE * self.eps * abs(self.point.value)
         direction = self.pairs.direction(self.point.gradient)
-        slope = float(_dot(direction, self.point.gradient))
-        if not slope < 0:
+        slope, reach, size = torch.stack(
+            [_dot(direction, self.point.gradient), _norm(direction), _norm(self.point.y)]
+        ).tolist()
+        if not (slope < 0 and reach > 0):
             return self.forget_or(Status.STALLED)
         first = 1.0 if self.pairs.scale is not None else min(1.0, 1 / self.point.gradient_norm)
         origin = self.point
@@ -179,6 +187,7 @@ class _Run:
             origin._replace(length=0.0, slope=slope),
             first,
             noise,
+            self.eps * size / reach,
             self.max_trials,
         )
         if search.trial is None:
@@ -222,7 +231,6 @@ class _Run:
             )
         # A copy, for an objective may hand out a buffer that it fills anew at its next call.
         gradient = gradient.detach().clone()
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
-        numbers = torch.stack([value.detach().double().sum(), _dot(direction, gradient), norm])
-        total, slope, gradient_norm = numbers.tolist()
+        numbers = [value.detach().double().sum(), _dot(direction, gradient), _norm(gradient)]
+        total, slope, gradient_norm = torch.stack(numbers).tolist()
         return Trial(length, total, slope, y, gradient, gradient_norm)
