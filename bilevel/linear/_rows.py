@@ -26,6 +26,10 @@ OPEN = CODE[Status.STEP_LIMIT]
 """The code of a row that is still at work: if nothing closes it, it ends at the step limit."""
 
 
+BLOCK = 65_536
+"""Columns converted to float64 at a time."""
+
+
 class Products:
     """Products with A + damping I, counted and detached."""
 
@@ -161,3 +165,12 @@ def approximation(
     finite = value.isfinite().all(-1) & (residual.isfinite() | (not check))
     codes = torch.where(finite, codes, CODE[Status.NON_FINITE])
     return LinearSolution(value, worst(codes), residual, 0, products.count, curvature)
+
+
+def gram(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T in float64 `[..., i, j]` from `[..., i, d]` and `[..., j, d]`, without a float64 copy of either."""
+    blocks = zip(a.split(BLOCK, -1), b.split(BLOCK, -1), strict=True)
+    total = torch.zeros((*a.shape[:-1], b.shape[-2]), dtype=torch.float64, device=a.device)
+    for left, right in blocks:
+        total = total + left.double() @ right.double().mT
+    return total

@@ -104,9 +104,9 @@ class CG(LinearSolver):
         e, r = torch.zeros_like(start), start
         best, least = e, torch.full_like(target, torch.inf)
         z = precondition(r)
-        p = torch.where(active, z, 0.0)
         rho, codes = dot(r, z), open_codes(target)
         codes = mark(codes, active & ~(rho > 0), Status.BREAKDOWN)
+        p = torch.where(active & (codes == OPEN), z, 0.0)
         low, high = torch.full_like(target, torch.inf), torch.full_like(target, -torch.inf)
         carried, lanczos, step = torch.zeros_like(target), Tridiagonal(), 0
         for step in range(1, budget + 1):
