@@ -1,1 +1,69 @@
-"""x."""
+"""Bilevel and hyperparameter optimization for PyTorch: one problem, every method, no silently wrong hypergradient."""
+
+from bilevel import problems
+from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.compare import compare
+from bilevel.data import DataSource, Full, Loader, Shuffled
+from bilevel.hypergradients import Certificate, Estimator, Hypergradient, Implicit, hypergradient
+from bilevel.linear import (
+    CG,
+    GMRES,
+    MFAC,
+    MINRES,
+    Dense,
+    Identity,
+    Jacobi,
+    LinearSolution,
+    LinearSolver,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    NystromPreconditioner,
+    Operator,
+    Sama,
+)
+from bilevel.loop import solve
+from bilevel.modules import FunctionalModule, functional
+from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, StepDecay, from_torch
+from bilevel.oracles import Counts, Oracles
+from bilevel.problem import Problem
+from bilevel.regularizers import L2, ElasticNet, Regularizer
+from bilevel.session import Session
+from bilevel.sets import Affine, Ball, Box, Halfspace, L1Ball, NonNegative, Product, Set, Simplex
+from bilevel.solution import History, Solution
+from bilevel.solvers import HypergradientDescent, amigo, imaml, implicit, neumann, nystrom
+from bilevel.solvers._base import Metrics, Solver
+from bilevel.status import (
+    BilevelError,
+    BilevelWarning,
+    DataExhausted,
+    Diverged,
+    HypergradientInaccurate,
+    IneffectiveHyperparameter,
+    InvalidProblem,
+    LinearSolveFailed,
+    LowerNotConverged,
+    NonDeterministic,
+    NonFinite,
+    PrecisionWarning,
+    SecondOrderFallback,
+    SecondOrderUnsupported,
+    SolveFailed,
+    Status,
+    UnusedHyperparameter,
+)
+
+__all__ = [
+    "CG", "GMRES", "L2", "LBFGS", "MFAC", "MINRES", "SGD",
+    "Adam", "AdamW", "Affine", "Ball", "BilevelError", "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine",
+    "Counts", "DataExhausted", "DataSource", "Dense", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event",
+    "Full", "FunctionalModule", "Halfspace", "History", "Hypergradient", "HypergradientDescent",
+    "HypergradientInaccurate", "Identity", "Implicit", "IneffectiveHyperparameter", "InvalidProblem", "Jacobi",
+    "L1Ball", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerNotConverged", "Metrics",
+    "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner",
+    "Operator", "Optimizer", "Oracles", "PrecisionWarning", "Problem", "Product", "Regularizer", "Sama",
+    "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution",
+    "SolveFailed", "Solver", "Status", "StepDecay", "UnusedHyperparameter",
+    "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit", "neumann", "nystrom",
+    "problems", "solve",
+]  # fmt: skip

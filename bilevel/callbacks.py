@@ -1,0 +1,84 @@
+"""What may watch a solve, and stop it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bilevel.layout import Variables
+from bilevel.status import InvalidProblem
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback sees after each step.
+
+    Args:
+        step: steps made.
+        x: upper variables after the step, structured like x0; views that must not be changed.
+        y: lower variables, likewise.
+        row: the newest row of the history.
+        state: the solver's state.
+    """
+
+    step: int
+    x: Variables
+    y: Variables
+    row: dict[str, Any]
+    state: Any
+
+
+Callback: TypeAlias = Callable[[Event], bool | None]
+"""Called after each step; a true answer stops the solve."""
+
+
+class EarlyStopping:
+    """Stop when a monitored number has not improved for `patience` steps.
+
+    Args:
+        patience: steps to wait, > 0.
+        monitor: event -> number, smaller is better; the upper value by default. Use a split of its own here, never the
+            test data.
+        min_delta: an improvement must be larger than this, >= 0.
+
+    Example:
+        >>> stop = EarlyStopping(patience=2, monitor=lambda event: event.row["upper_value"])
+        >>> [stop(Event(i, None, None, {"upper_value": 1.0}, None)) for i in range(3)]
+        [False, False, True]
+    """
+
+    def __init__(self, patience: int, monitor: Callable[[Event], float] | None = None, min_delta: float = 0.0) -> None:
+        if patience < 1 or min_delta < 0:
+            raise InvalidProblem(f"EarlyStopping needs patience >= 1 and min_delta >= 0, got {patience}, {min_delta}.")
+        self.patience, self.min_delta = patience, min_delta
+        self.monitor = monitor or (lambda event: float(event.row["upper_value"]))
+        self.best, self.waited = float("inf"), 0
+
+    def __call__(self, event: Event) -> bool:
+        """Return whether to stop."""
+        value = self.monitor(event)
+        if value < self.best - self.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.patience
+
+
+class CSVLogger:
+    """Append each row of the history to a CSV file as it comes: one short write a step."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._started = False
+
+    def __call__(self, event: Event) -> None:
+        """Write the newest row."""
+        with self.path.open("a" if self._started else "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(event.row))
+            if not self._started:
+                writer.writeheader()
+            writer.writerow(event.row)
+        self._started = True

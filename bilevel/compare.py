@@ -1,0 +1,101 @@
+"""Many solvers on one problem, each from the same start, seed by seed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bilevel.loop import solve
+from bilevel.problems import Task
+from bilevel.report import Row
+from bilevel.solution import Solution
+from bilevel.solvers._base import Solver
+from bilevel.status import BilevelError
+
+
+def compare(
+    make_task: Callable[[int], Task],
+    solvers: Mapping[str, Solver[Any]],
+    *,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    progress: bool | None = None,
+) -> list[Row]:
+    """Run each solver on the problem of each seed.
+
+    A solver that refuses the problem, or fails on it, gets a row that says so; the others go on.
+
+    Args:
+        make_task: seed -> problem with its starts.
+        solvers: name -> solver.
+        seeds: also seed the batches.
+        steps: upper steps of every run; each task's own number if None.
+        progress: as for `solve`.
+
+    Returns:
+        Rows with `problem, solver, seed, upper_value, x_error, seconds, gradients, hvps, crosses, status`, and what the
+        task's `evaluate` says of the best x and y.
+    """
+    rows = []
+    for seed in seeds:
+        task = make_task(seed)
+        for name, solver in solvers.items():
+            row: Row = {"problem": task.name, "solver": name, "seed": seed}
+            try:
+                solution = solve(
+                    task.problem,
+                    solver,
+                    task.x0,
+                    task.y0,
+                    steps=task.steps if steps is None else steps,
+                    seed=seed,
+                    progress=progress,
+                )
+            except BilevelError as error:
+                row |= {"status": type(error).__name__, "message": str(error)}
+            else:
+                row |= describe(task, solution)
+            rows.append(row)
+    return rows
+
+
+def describe(task: Task, solution: Solution) -> Row:
+    """Return one solution as the cells of a row."""
+    row: Row = {
+        "upper_value": solution.best_value,
+        "x_error": task.x_error(solution.x),
+        "seconds": solution.seconds,
+        "gradients": solution.counts.gradients,
+        "hvps": solution.counts.hvps,
+        "crosses": solution.counts.crosses,
+        "status": solution.status.name.lower(),
+    }
+    if solution.certificate is not None and solution.certificate.error_estimate is not None:
+        row["error_estimate"] = float(solution.certificate.error_estimate)
+        row["residual"] = float(solution.certificate.residual)
+    if task.evaluate is not None:
+        row |= task.evaluate(solution.best_x, solution.best_y)
+    return row
+
+
+def spread(rows: Sequence[Row]) -> list[Row]:
+    """Return one row a solver: `mean ± standard deviation` over seeds of every number.
+
+    Example:
+        >>> spread([{"solver": "cg", "seed": 0, "error": 1.0}, {"solver": "cg", "seed": 1, "error": 3.0}])
+        [{'solver': 'cg', 'seeds': 2, 'error': '2 ± 1.4'}]
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["solver"], []).append(row)
+    summary = []
+    for solver, group in groups.items():
+        line: Row = {"solver": solver, "seeds": len(group)}
+        for key in dict.fromkeys(key for row in group for key in row):
+            values = [row[key] for row in group if isinstance(row.get(key), int | float)]
+            if key != "seed" and values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                line[key] = f"{statistics.mean(values):.4g} ± {deviation:.2g}"
+        summary.append(line)
+    return summary

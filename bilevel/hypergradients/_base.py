@@ -1,0 +1,114 @@
+"""What a hypergradient comes with: a certificate of how far it can be trusted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bilevel.layout import Variables
+from bilevel.oracles import Counts, Oracles
+from bilevel.status import Status
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far a hypergradient can be trusted.
+
+    `error_estimate` estimates `‖h - dF/dx‖`, the distance to the true hypergradient of the batch at hand (the sampling
+    error of a mini-batch is not part of it). It is an estimate, no bound: the constants in it are measured along the
+    directions that matter, and the smallest Ritz value lies above the true least curvature. Bounds that hold for
+    certain are there only where the user certifies `strong_convexity`.
+
+    Args:
+        status: of the linear solve.
+        residual: relative residual `‖b - (H + damping I) w‖ / ‖b‖` of the linear solve, the largest over rows.
+        lower_gradient_norm: `‖dg/dy‖` at the y used.
+        curvature: smallest and largest curvature of H seen, None if none was.
+        error_estimate: of the whole hypergradient, in its units; None if it was not asked for.
+        lower_distance_bound: `‖y - y*‖ <= ‖dg/dy‖ / mu`, only with a certified mu.
+        linear_distance_bound: `‖w - H^-1 b‖ <= ‖b - H w‖ / mu`, only with a certified mu.
+        counts: what the hypergradient with its certificate cost.
+    """
+
+    status: Status
+    residual: Tensor
+    lower_gradient_norm: Tensor
+    curvature: tuple[Tensor, Tensor] | None
+    error_estimate: Tensor | None
+    lower_distance_bound: Tensor | None
+    linear_distance_bound: Tensor | None
+    counts: Counts
+
+    def __str__(self) -> str:
+        error = "not estimated" if self.error_estimate is None else f"{float(self.error_estimate):.2e}"
+        curvature = "not seen"
+        if self.curvature is not None:
+            curvature = f"in [{float(self.curvature[0]):.2e}, {float(self.curvature[1]):.2e}]"
+        return (
+            f"error estimate {error}; linear residual {float(self.residual):.1e} ({self.status.name.lower()}); "
+            f"lower gradient norm {float(self.lower_gradient_norm):.1e}; curvature {curvature}; "
+            f"{self.counts.gradients} gradients, {self.counts.hvps} HVPs"
+        )
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """The gradient of `F(x) = f(x, y*(x))`, structured like x, with its certificate."""
+
+    gradient: Variables
+    certificate: Certificate
+
+
+class Estimate(NamedTuple):
+    """A hypergradient on flat vectors.
+
+    Args:
+        gradient: `[p]`, detached.
+        upper_value: f at `(x, y)`.
+        lower_value: g at `(x, y)`.
+        y: where it was taken; differs from the y given only after a Newton polish.
+        certificate: how far to trust it.
+    """
+
+    gradient: Tensor
+    upper_value: Tensor
+    lower_value: Tensor
+    y: Tensor
+    certificate: Certificate
+
+
+class Estimator(ABC):
+    """Estimates hypergradients. Implementations are frozen dataclasses; what they carry along is a separate state."""
+
+    @abstractmethod
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> Any:
+        """Return the state before the first estimate (warm starts)."""
+
+    @abstractmethod
+    def estimate(
+        self,
+        oracles: Oracles,
+        x: Tensor,
+        y: Tensor,
+        state: Any,
+        *,
+        upper_step: int = 0,
+        lower_step: int = 0,
+        step_diagonal: Tensor | None = None,
+        certify: bool = False,
+    ) -> tuple[Estimate, Any]:
+        """Return the hypergradient at `(x, y)` and the next state.
+
+        Args:
+            oracles: the problem's derivatives.
+            x: `[p]`.
+            y: near the lower solution, `[d]` or `[m, d]`.
+            state: what `init` or the last `estimate` returned.
+            upper_step: which upper batch.
+            lower_step: which lower batch.
+            step_diagonal: of the lower optimizer, for linear solvers that use it (SAMA).
+            certify: whether to estimate the error, which costs about as much again.
+        """

@@ -1,0 +1,55 @@
+"""The door for people with a loop of their own: one hypergradient, on request."""
+
+from __future__ import annotations
+
+from bilevel.dry_run import open_oracles
+from bilevel.hypergradients._base import Estimator, Hypergradient
+from bilevel.hypergradients.implicit import Implicit
+from bilevel.layout import Variables
+from bilevel.problem import Problem
+
+
+def hypergradient(
+    problem: Problem,
+    x: Variables,
+    y: Variables,
+    *,
+    estimator: Estimator | None = None,
+    step: int = 0,
+    seed: int = 0,
+    certify: bool = True,
+) -> Hypergradient:
+    """Estimate `dF/dx` at `(x, y)`, where y (nearly) minimizes the lower objective at x.
+
+    Args:
+        problem: the statement.
+        x: upper variables.
+        y: a lower solution at x, as exact as you have it.
+        estimator: how; `Implicit()` if None.
+        step: which batches.
+        seed: of batches and of randomness inside the objectives.
+        certify: estimate the error too, for about two more hypergradients.
+
+    Returns:
+        The gradient, structured like x and detached, with its certificate.
+
+    Raises:
+        InvalidProblem: and relatives, from the dry run.
+        LinearSolveFailed: the linear system has no trustworthy solution.
+
+    Example:
+        >>> import torch
+        >>> problem = Problem(
+        ...     upper=lambda x, y, batch: 0.5 * (y - 3.0).square().sum(),
+        ...     lower=lambda x, y, batch: (y - 2.0 * x).square().sum())
+        >>> h = hypergradient(problem, torch.tensor(1.0), torch.tensor(2.0))
+        >>> float(h.gradient)  # a (a x - t) with a = 2, t = 3
+        -2.0
+    """
+    chosen = Implicit() if estimator is None else estimator
+    oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed)
+    state = chosen.init(oracles, flat_x, flat_y)
+    estimate, _ = chosen.estimate(
+        oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify
+    )
+    return Hypergradient(oracles.x_layout.unflatten(estimate.gradient), estimate.certificate)

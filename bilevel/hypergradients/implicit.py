@@ -1,0 +1,197 @@
+"""Hypergradients by the implicit function theorem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.hypergradients._base import Certificate, Estimate, Estimator
+from bilevel.linear import CG, LinearSolution, LinearSolver, Operator
+from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
+from bilevel.status import InvalidProblem, LinearSolveFailed, Status
+
+TINY = 1e-30
+FAILURES = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN, Status.NON_FINITE}
+
+
+class ImplicitState(NamedTuple):
+    """What one estimate leaves to the next.
+
+    Args:
+        w: the last solution of the linear system, None before the first.
+        shift: by how much the linear system moves for each unit of lower gradient, from the last certificate; None
+            before the first.
+    """
+
+    w: Tensor | None
+    shift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Implicit(Estimator):
+    """Estimate `dF/dx = df/dx - J^T w` with `H w = df/dy`, where `H = d2g/dy2` and `J = d2g/dxdy` at y near y*(x).
+
+    It holds where y*(x) is an interior minimum at which H is positive definite.
+
+    Args:
+        linear: solver of `H w = df/dy`.
+        warm_start: start the linear solver from the last w. Cold starts of truncated solves converge to a wrong x.
+        polish: take the hypergradient at `y - delta` with `H delta = dg/dy`: one Newton step, which squares the error
+            of the lower solve for one more linear solve and two gradients.
+        balance: stop the linear solve at the residual that the inaccuracy of y causes in it anyway, by the constant
+            of the last certificate; beyond that, products are wasted.
+        truncate: use the last iterate of a linear solve that met negative curvature or its step limit with a residual
+            above 0.5, and only flag it in the certificate, instead of raising LinearSolveFailed.
+        strong_convexity: mu > 0 with `H >= mu I` everywhere, if the user certifies one (the L2 weight of a convex
+            loss); the certificate then carries bounds.
+        check: solver of the two correction systems behind `error_estimate`.
+
+    Cost:
+        One upper gradient, one graph of the lower gradient, the linear solver's products, one cross product. Memory:
+        the graph, and a few vectors of length d. A certificate adds two correction solves and two gradients.
+
+    References:
+        Bengio, "Gradient-based optimization of hyperparameters", Neural Computation 2000. Pedregosa, "Hyperparameter
+        optimization with approximate gradient", ICML 2016.
+    """
+
+    linear: LinearSolver = field(default_factory=CG)
+    warm_start: bool = True
+    polish: bool = False
+    balance: bool = False
+    truncate: bool = False
+    strong_convexity: float | None = None
+    check: LinearSolver = field(default_factory=lambda: CG(tol=1e-2, max_steps=50))
+
+    def __post_init__(self) -> None:
+        if self.strong_convexity is not None and not self.strong_convexity > 0:
+            raise InvalidProblem(f"Implicit(strong_convexity=...) must be > 0, got {self.strong_convexity}.")
+
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ImplicitState:
+        """Return the state without a warm start."""
+        return ImplicitState(None, None)
+
+    def estimate(
+        self,
+        oracles: Oracles,
+        x: Tensor,
+        y: Tensor,
+        state: ImplicitState,
+        *,
+        upper_step: int = 0,
+        lower_step: int = 0,
+        step_diagonal: Tensor | None = None,
+        certify: bool = False,
+    ) -> tuple[Estimate, ImplicitState]:
+        """Return the hypergradient at `(x, y)`; see `Estimator.estimate`.
+
+        Raises:
+            LinearSolveFailed: the linear solve failed, unless `truncate`.
+        """
+        before = oracles.counts
+        point = _Point.at(oracles, x, y, upper_step, lower_step, step_diagonal)
+        delta = self._newton_step(point) if self.polish else None
+        if delta is not None:
+            point = _Point.at(oracles, x, y - delta, upper_step, lower_step, step_diagonal)
+        start = state.w if self.warm_start else None
+        solution = self.linear.solve(point.operator, point.upper.y, start, tol=self._balanced_tol(point, state))
+        self._judge(solution, upper_step)
+        gradient = point.hypergradient(solution.value)
+        error, shift = self._estimate_error(oracles, point, solution, gradient) if certify else (None, state.shift)
+        certificate = self._certificate(point, solution, error, oracles.counts - before)
+        estimate = Estimate(gradient, point.upper.value, point.lower.value, point.y, certificate)
+        return estimate, ImplicitState(solution.value, shift)
+
+    def _newton_step(self, point: _Point) -> Tensor:
+        return self.check.solve(point.operator, point.lower.gradient).value
+
+    def _balanced_tol(self, point: _Point, state: ImplicitState) -> float | None:
+        if not self.balance or state.shift is None:
+            return None
+        tol = float(state.shift * point.lower.gradient.norm() / point.upper.y.norm().clamp_min(TINY))
+        return min(max(tol, 1e-12), 0.1)
+
+    def _judge(self, solution: LinearSolution, step: int) -> None:
+        residual = float(solution.residual.max())
+        hopeless = solution.status is Status.STEP_LIMIT and residual > 0.5
+        if solution.status not in FAILURES and not hopeless:
+            return
+        if self.truncate and bool(solution.value.isfinite().all()):
+            return
+        curvature = ""
+        if solution.curvature is not None:
+            low, high = (float(c) for c in solution.curvature)
+            curvature = f", curvature between {low:.3g} and {high:.3g}"
+        raise LinearSolveFailed(
+            f"the linear system of the hypergradient failed at upper step {step} after {solution.steps} iterations: "
+            f"{solution.status.value} (relative residual {residual:.2g}{curvature}). Implicit(truncate=True) uses the "
+            "last iterate and flags it.",
+            status=solution.status,
+        )
+
+    def _estimate_error(
+        self, oracles: Oracles, point: _Point, solution: LinearSolution, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compare with the hypergradient after one Newton step in y and one correction of w."""
+        delta = self.check.solve(point.operator, point.lower.gradient)
+        near = _Point.at(oracles, point.x, point.y - delta.value, point.upper_step, point.lower_step, None)
+        residual = point.upper.y - point.lower.hvp(solution.value)
+        moved_residual = near.upper.y - near.lower.hvp(solution.value)
+        correction = self.check.solve(near.operator, moved_residual)
+        better = near.hypergradient(solution.value + correction.value)
+        # What the two corrections leave undone, as geometric series of their relative residuals.
+        undone = torch.maximum(delta.residual.max(), correction.residual.max()).clamp_max(0.9)
+        error = (better - gradient).norm() / (1 - undone)
+        # The lower solve's inaccuracy shifts the linear system by this much for each unit of lower gradient.
+        shift = (moved_residual - residual).norm() / point.lower.gradient.norm().clamp_min(TINY)
+        return error, shift
+
+    def _certificate(
+        self, point: _Point, solution: LinearSolution, error: Tensor | None, counts: Counts
+    ) -> Certificate:
+        mu, gradient_norm = self.strong_convexity, point.lower.gradient.norm()
+        residual = solution.residual * point.upper.y.norm(dim=-1)
+        return Certificate(
+            status=solution.status,
+            residual=solution.residual.max(),
+            lower_gradient_norm=gradient_norm,
+            curvature=solution.curvature,
+            error_estimate=error,
+            lower_distance_bound=None if mu is None else gradient_norm / mu,
+            linear_distance_bound=None if mu is None else residual.norm() / mu,
+            counts=counts,
+        )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Both levels differentiated at one (x, y)."""
+
+    x: Tensor
+    y: Tensor
+    upper_step: int
+    lower_step: int
+    upper: UpperGradient
+    lower: Linearization
+    operator: Operator
+
+    @classmethod
+    def at(
+        cls, oracles: Oracles, x: Tensor, y: Tensor, upper_step: int, lower_step: int, step_diagonal: Tensor | None
+    ) -> _Point:
+        upper = oracles.upper_gradient(x, y, upper_step)
+        lower = oracles.linearize_lower(x, y, lower_step)
+        operator = Operator(
+            apply=lower.hvp,
+            apply_many=lower.hvps,
+            diagonal=lower.diagonal,
+            gradients=lower.sample_gradients,
+            step_diagonal=step_diagonal,
+        )
+        return cls(x, y, upper_step, lower_step, upper, lower, operator)
+
+    def hypergradient(self, w: Tensor) -> Tensor:
+        return self.upper.x - self.lower.cross(w)

@@ -1,0 +1,192 @@
+"""Second derivatives of the lower objective at one point: a graph built once, used for every product.
+
+Four ways to one interface; `oracles.py` picks one for each problem at the door. Double backward over a retained graph
+is the cheapest by far (0.9 to 2.1 gradients a product, measured); the others exist for objectives it cannot serve.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilevel.layout import Layout
+
+Leaves: TypeAlias = Sequence[Tensor]
+Evaluate: TypeAlias = Callable[[Leaves, Leaves], Tensor]
+"""The traced lower objective at a fixed batch and random state: (leaves of x, leaves of y) -> 0-dim tensor."""
+
+
+def leaves_of(layout: Layout, flat: Tensor, *, requires_grad: bool = True) -> list[Tensor]:
+    """Return the leaves as detached views of `flat`: differentiating with respect to them costs no graph of the split."""
+    return [leaf.detach().requires_grad_(requires_grad) for leaf in layout.views(flat)]
+
+
+def gradients(outputs: Leaves, inputs: Leaves, weights: Leaves | None = None, **options: bool) -> list[Tensor | None]:
+    """Return d<outputs, weights>/d(inputs); None for an input that no output depends on."""
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not live:
+        return [None] * len(inputs)
+    along = None if weights is None else [weights[i] for i in live]
+    return list(torch.autograd.grad([outputs[i] for i in live], inputs, along, allow_unused=True, **options))
+
+
+def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> Tensor:
+    """Concatenate leaves into one flat vector, with zeros for those that are None."""
+    rows = () if layout.blocks is None else (layout.blocks,)
+    filled = [
+        like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf
+        for leaf, shape in zip(leaves, layout.shapes, strict=True)
+    ]
+    return layout.concat(filled).detach()
+
+
+class SecondDerivatives(ABC):
+    """Products with H = d2g/dy2 and J^T = (d2g/dxdy)^T of the traced lower objective at one (x, y).
+
+    Attributes:
+        value: g, detached 0-dim.
+        gradient: dg/dy, detached, `[d]` or `[m, d]`.
+        gradients_per_product: what one product costs, in gradients, for the count (0 if it is a true HVP).
+    """
+
+    value: Tensor
+    gradient: Tensor
+    gradients_per_product = 0
+
+    @abstractmethod
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H v, shaped like v (`[d]` or `[m, d]`)."""
+
+    @abstractmethod
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """Return the leaves of J^T v = d<dg/dy, v>/dx; None for leaves of x that do not enter."""
+
+    def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
+        """Return H applied to each of k vectors `[k, *]`, at most `chunk` at a time."""
+        return torch.stack([self.hvp(v) for v in vectors])
+
+
+class DoubleBackward(SecondDerivatives):
+    """One retained graph of the gradient; each product is one more backward pass over it."""
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        x_layout: Layout,
+        y_layout: Layout,
+        x: Tensor,
+        y: Tensor,
+        *,
+        plain_attention: bool = False,
+    ) -> None:
+        # Fused attention has no double backward. The manager must wrap the building of the graph, and may end after it.
+        kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
+        self._y_layout = y_layout
+        self._xs, self._ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
+        with torch.enable_grad(), kernel:
+            value = evaluate(self._xs, self._ys)
+            found = gradients([value], self._ys, create_graph=True)
+        self._outputs = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, self._ys, strict=True)]
+        self.value, self.gradient = value.detach(), join(y_layout, self._outputs, (), y)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H v by one backward pass over the retained graph."""
+        found = gradients(self._outputs, self._ys, self._y_layout.views(v), retain_graph=True)
+        return join(self._y_layout, found, (), v)
+
+    def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
+        """Return H applied to k vectors, `chunk` at a time in one vectorized backward pass."""
+        if chunk == 1:
+            return super().hvps(vectors, chunk)
+        parts = []
+        for part in vectors.split(chunk):
+            found = gradients(
+                self._outputs, self._ys, self._y_layout.views(part), retain_graph=True, is_grads_batched=True
+            )
+            parts.append(join(self._y_layout, found, part.shape[:1], part))
+        return torch.cat(parts)
+
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """Return J^T v from the same graph."""
+        return gradients(self._outputs, self._xs, self._y_layout.views(v), retain_graph=True)
+
+
+class ForwardOverReverse(SecondDerivatives):
+    """A forward-mode derivative of the gradient for each product: nothing retained, four to eight times the cost."""
+
+    def __init__(self, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor) -> None:
+        self._x_layout, self._y_layout = x_layout, y_layout
+        self._xs = tuple(leaves_of(x_layout, x, requires_grad=False))
+        self._ys = tuple(leaves_of(y_layout, y, requires_grad=False))
+        self._in_y = torch.func.grad(lambda ys: evaluate(self._xs, ys))
+        self._in_x = torch.func.grad(lambda xs, ys: evaluate(xs, ys))
+        self.value = evaluate(self._xs, self._ys).detach()
+        self.gradient = join(y_layout, self._in_y(self._ys), (), y)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H v by forward over reverse."""
+        tangent = torch.func.jvp(self._in_y, (self._ys,), (tuple(self._y_layout.views(v)),))[1]
+        return join(self._y_layout, tangent, (), v)
+
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """Return J^T v: the derivative of dg/dx along v in y."""
+        tangents = (tuple(self._y_layout.views(v)),)
+        tangent = torch.func.jvp(lambda ys: self._in_x(self._xs, ys), (self._ys,), tangents)[1]
+        return list(tangent)
+
+
+class Differences(SecondDerivatives):
+    """Central differences of gradients along v: two gradients a product, relative error about eps^(2/3)."""
+
+    gradients_per_product = 2
+
+    def __init__(self, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor) -> None:
+        self._evaluate, self._x_layout, self._y_layout, self._x, self._y = evaluate, x_layout, y_layout, x, y
+        self.value, _, self.gradient = self._gradients(y)
+
+    def _gradients(self, y: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
+        xs, ys = leaves_of(self._x_layout, self._x), leaves_of(self._y_layout, y)
+        with torch.enable_grad():
+            value = self._evaluate(xs, ys)
+            found = gradients([value], [*xs, *ys])
+        return value.detach(), found[: len(xs)], join(self._y_layout, found[len(xs) :], (), y)
+
+    def _step(self, v: Tensor, rows: int | None) -> Tensor:
+        # The step has the length eps^(1/3) (1 + ‖y‖): below it rounding dominates, above it the third derivative does.
+        size = torch.linalg.vector_norm(v, dim=rows, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+        return (
+            torch.finfo(v.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(self._y, dim=rows, keepdim=True)) / size
+        )
+
+    def hvp(self, v: Tensor, *, shrink: float = 1.0) -> Tensor:
+        """Return H v by differences of dg/dy, each row with its own step (times `shrink`)."""
+        step = shrink * self._step(v, -1)
+        _, _, ahead = self._gradients(self._y + step * v)
+        _, _, behind = self._gradients(self._y - step * v)
+        return (ahead - behind) / (2 * step)
+
+    def cross(self, v: Tensor) -> list[Tensor | None]:
+        """Return J^T v by differences of dg/dx: it sums over rows, so all rows take one step."""
+        step = self._step(v, None)
+        _, ahead, _ = self._gradients(self._y + step * v)
+        _, behind, _ = self._gradients(self._y - step * v)
+        half = (0.5 / step).squeeze()
+        return [None if a is None or b is None else (a - b) * half for a, b in zip(ahead, behind, strict=True)]
+
+
+def second_derivatives(
+    way: str, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor
+) -> SecondDerivatives:
+    """Differentiate twice in the way named by `Problem.hvp` (any but "auto")."""
+    if way == "forward_over_reverse":
+        return ForwardOverReverse(evaluate, x_layout, y_layout, x, y)
+    if way == "differences":
+        return Differences(evaluate, x_layout, y_layout, x, y)
+    plain = way == "math_attention"
+    return DoubleBackward(evaluate, x_layout, y_layout, x, y, plain_attention=plain)

@@ -1,0 +1,285 @@
+"""Values and derivatives of a problem on flat vectors: the only caller of autograd, and it counts every call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel.data import DataSource
+from bilevel.layout import Layout, named_leaves, rebuild
+from bilevel.linearization import Leaves, SecondDerivatives, gradients, join, leaves_of, second_derivatives
+from bilevel.problem import Problem
+from bilevel.regularizers import Regularizer
+from bilevel.status import InvalidProblem
+
+Level: TypeAlias = Literal["upper", "lower"]
+
+
+class Counts(NamedTuple):
+    """Calls made so far. A central-difference product counts as two gradients, any other as one HVP."""
+
+    values: int = 0
+    gradients: int = 0
+    hvps: int = 0
+    crosses: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        """Return what was spent since `other`."""
+        return Counts(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+class UpperGradient(NamedTuple):
+    """f and its partial gradients, detached: `value []`, `x [p]`, `y [d]` or `[m, d]`."""
+
+    value: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class Oracles:
+    """Serve a solver with derivatives of one problem at flat points x `[p]` and y `[d]` (`[m, d]` with blocks).
+
+    Each call names a `step`: it fixes the batch and the random state, so the same call gives the same answer. All
+    results are detached. Open one with `bilevel.dry_run.open_oracles`, which also checks the problem.
+
+    Args:
+        problem: the statement.
+        x_layout: layout of x.
+        y_layout: layout of y.
+        seed: of batches and of randomness inside the objectives.
+        way: how the lower objective is differentiated twice; any `Problem.hvp` but "auto".
+        chunk: how many HVPs one batched pass may carry.
+    """
+
+    def __init__(
+        self, problem: Problem, x_layout: Layout, y_layout: Layout, *, seed: int = 0, way: str = "double_backward",
+        chunk: int = 16,
+    ) -> None:  # fmt: skip
+        self.problem, self.x_layout, self.y_layout = problem, x_layout, y_layout
+        self.seed, self.way, self.chunk = seed, way, chunk
+        self.counts = Counts()
+
+    def count(self, **calls: int) -> None:
+        """Add to the counts."""
+        self.counts = Counts(*(n + calls.get(name, 0) for name, n in self.counts._asdict().items()))
+
+    # -- projections ---------------------------------------------------------------------------------------------
+
+    def project_x(self, x: Tensor) -> Tensor:
+        """Project x on the upper set."""
+        upper_set = self.problem.upper_set
+        return x if upper_set is None else upper_set.bind(self.x_layout)(x)
+
+    # -- values and gradients ------------------------------------------------------------------------------------
+
+    def upper_value(self, x: Tensor, y: Tensor, step: int = 0) -> Tensor:
+        """Return f(x, y), 0-dim."""
+        self.count(values=1)
+        with torch.no_grad():
+            return self._evaluate("upper", step, self.x_layout.views(x), self.y_layout.views(y)).detach()
+
+    def upper_gradient(self, x: Tensor, y: Tensor, step: int = 0) -> UpperGradient:
+        """Return f and its gradients in x and y, by one backward pass."""
+        self.count(gradients=1)
+        xs, ys = leaves_of(self.x_layout, x), leaves_of(self.y_layout, y)
+        with torch.enable_grad():
+            value = self._evaluate("upper", step, xs, ys)
+            found = gradients([value], [*xs, *ys])
+        in_x, in_y = found[: len(xs)], found[len(xs) :]
+        return UpperGradient(value.detach(), join(self.x_layout, in_x, (), x), join(self.y_layout, in_y, (), y))
+
+    def lower_value(self, x: Tensor, y: Tensor, step: int = 0) -> Tensor:
+        """Return g(x, y) with its regularizer, summed over blocks, 0-dim."""
+        self.count(values=1)
+        with torch.no_grad():
+            value = self._evaluate("lower", step, self.x_layout.views(x), self.y_layout.views(y))
+        return value.detach() + self.declared(x).value(y)
+
+    def lower_gradient(self, x: Tensor, y: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """Return g with its regularizer and its gradient in y."""
+        self.count(gradients=1)
+        xs, ys = leaves_of(self.x_layout, x, requires_grad=False), leaves_of(self.y_layout, y)
+        with torch.enable_grad():
+            value = self._evaluate("lower", step, xs, ys)
+            found = gradients([value], ys)
+        declared = self.declared(x)
+        return value.detach() + declared.value(y), declared.add_gradient(join(self.y_layout, found, (), y), y)
+
+    def linearize_lower(self, x: Tensor, y: Tensor, step: int = 0) -> Linearization:
+        """Differentiate g twice at (x, y): one graph for every HVP and the cross product that follow."""
+        self.count(gradients=1)
+        core = second_derivatives(self.way, self.lower_at(step), self.x_layout, self.y_layout, x, y)
+        return Linearization(self, core, self.declared(x), x, y, step)
+
+    def lower_at(self, step: int) -> Callable[[Leaves, Leaves], Tensor]:
+        """Return the traced lower objective of one step as a function of leaves."""
+        return lambda xs, ys: self._evaluate("lower", step, xs, ys)
+
+    def sample_gradients(self, x: Tensor, y: Tensor, step: int, k: int) -> Tensor:
+        """Return gradients `[k, d]` of the traced lower objective on the first k examples of the batch, one each.
+
+        Raises:
+            InvalidProblem: the batch is not made of tensors with a common leading dimension of at least k.
+        """
+        lengths = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(self.batch("lower", step))}
+        if len(lengths) != 1 or max(lengths) < k or self.problem.blocks is not None:
+            raise InvalidProblem(
+                f"per-example gradients of the lower objective need batches whose tensors share a leading dimension of at "
+                f"least {k}, and no blocks; found lengths {sorted(lengths)}. Lower the rank, or use another linear solver."
+            )
+        self.count(gradients=k)
+        rows = []
+        for i in range(k):
+            xs, ys = leaves_of(self.x_layout, x, requires_grad=False), leaves_of(self.y_layout, y)
+            with torch.enable_grad():
+                value = self._evaluate("lower", step, xs, ys, rows=slice(i, i + 1))
+                rows.append(join(self.y_layout, gradients([value], ys), (), y))
+        return torch.stack(rows)
+
+    def declared(self, x: Tensor) -> Declared:
+        """Return the declared regularizer at x (a sum of nothing if there is none)."""
+        return Declared(self.problem.regularizer, x, self.x_layout, self.y_layout)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def batch(self, level: Level, step: int) -> Any:
+        """Return the batch of one step, None without a data source."""
+        source: DataSource | None = getattr(self.problem, f"{level}_data")
+        return None if source is None else source.batch(step, self.seed)
+
+    def _evaluate(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
+        value = self.call(level, step, xs, ys, rows)
+        if self.problem.blocks is None:
+            return value
+        # Blocks are independent below, so their sum gives every block its own gradient; above, F is their mean.
+        return value.sum() if level == "lower" else value.mean()
+
+    def call(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
+        """Return what the user's objective returns (of each block, with blocks), with its graph; not counted."""
+        objective = self.problem.upper if level == "upper" else self.problem.lower
+        batch = self.batch(level, step)
+        if rows is not None:
+            batch = rebuild(batch, iter([tensor[rows] for tensor in tensors_in(batch)]))
+        x = self.x_layout.nest(xs)
+        with random_state(hash((self.seed, level == "upper", step)) & (2**63 - 1), self.x_layout.device):
+            if self.problem.blocks is None:
+                return objective(x, self.y_layout.nest(ys), batch)
+            each: Tensor = torch.func.vmap(
+                lambda y, b: objective(x, self.y_layout.nest(y), b),
+                in_dims=(0, None if batch is None else 0),
+                randomness="different",
+            )(list(ys), batch)
+            return each
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The declared regularizer at one x: formulas in y, and only its weights are traced."""
+
+    regularizer: Regularizer | None
+    x: Tensor
+    x_layout: Layout
+    y_layout: Layout
+
+    def value(self, y: Tensor) -> Tensor | float:
+        """Return r(x, y)."""
+        return 0.0 if self.regularizer is None else self.regularizer.value(self._coefficients, y)
+
+    def add_gradient(self, gradient: Tensor, y: Tensor) -> Tensor:
+        """Return `gradient + dr/dy`."""
+        return gradient if self.regularizer is None else gradient + self.regularizer.gradient(self._coefficients, y)
+
+    def curvature(self, y: Tensor) -> Tensor | None:
+        """Return the diagonal of d2r/dy2 shaped like y, or None without a regularizer."""
+        if self.regularizer is None:
+            return None
+        return self.regularizer.curvature(self._coefficients, y).expand(y.shape)
+
+    def cross(self, y: Tensor, v: Tensor) -> list[Tensor | None]:
+        """Return the leaves of d<dr/dy, v>/dx."""
+        xs = leaves_of(self.x_layout, self.x)
+        if self.regularizer is None:
+            return [None] * len(xs)
+        with torch.enable_grad():
+            coefficients = self.regularizer.coefficients(self.x_layout.nest(xs), self.y_layout)
+            return gradients([(self.regularizer.gradient(coefficients, y) * v).sum()], xs)
+
+    @cached_property
+    def _coefficients(self) -> tuple[Tensor, ...]:
+        assert self.regularizer is not None
+        with torch.no_grad():
+            return self.regularizer.coefficients(self.x_layout.unflatten(self.x), self.y_layout)
+
+
+class Linearization:
+    """H and J of the whole lower objective at one (x, y): traced part by graph, declared part by formula.
+
+    Attributes:
+        value: g, 0-dim.
+        gradient: dg/dy, shaped like y.
+        diagonal: the declared part of H, exact, shaped like y; None without a regularizer.
+    """
+
+    def __init__(
+        self, oracles: Oracles, core: SecondDerivatives, declared: Declared, x: Tensor, y: Tensor, step: int
+    ) -> None:
+        self._oracles, self._core, self._declared, self._x, self._y, self._step = oracles, core, declared, x, y, step
+        self.value = core.value + declared.value(y)
+        self.gradient = declared.add_gradient(core.gradient, y)
+        self.diagonal = declared.curvature(y)
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H v, shaped like y. One HVP."""
+        self._count("hvps", 1)
+        product = self._core.hvp(v)
+        return product if self.diagonal is None else product + self.diagonal * v
+
+    def hvps(self, vectors: Tensor) -> Tensor:
+        """Return H applied to k vectors `[k, *]`, as many at a time as memory allows. k HVPs."""
+        self._count("hvps", len(vectors))
+        product = self._core.hvps(vectors, self._oracles.chunk)
+        return product if self.diagonal is None else product + self.diagonal * vectors
+
+    def cross(self, v: Tensor) -> Tensor:
+        """Return J^T v = d<dg/dy, v>/dx, `[p]`. About one HVP."""
+        self._count("crosses", 1)
+        traced, declared = self._core.cross(v), self._declared.cross(self._y, v)
+        both = [b if a is None else a if b is None else a + b for a, b in zip(traced, declared, strict=True)]
+        return join(self._oracles.x_layout, both, (), self._x)
+
+    def sample_gradients(self, k: int) -> Tensor:
+        """Return k per-example gradients `[k, d]` of the traced part. k gradients."""
+        return self._oracles.sample_gradients(self._x, self._y, self._step, k)
+
+    def _count(self, kind: str, times: int) -> None:
+        each = self._core.gradients_per_product
+        self._oracles.count(**({"gradients": each * times} if each else {kind: times}))
+
+
+@contextmanager
+def random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's random state seeded on the CPU and `device`, and put the user's back afterwards."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, in order."""
+    return [leaf for _, leaf in named_leaves(batch) if isinstance(leaf, Tensor)]

@@ -1,0 +1,94 @@
+"""What a solver is: a frozen value with two pure functions, `init` and `step`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from bilevel.hypergradients._base import Estimate
+from bilevel.oracles import Oracles
+from bilevel.problem import Problem
+from bilevel.status import InvalidProblem, Status
+
+
+class Metrics(NamedTuple):
+    """What one step saw, at its own start: x before the step, y after its lower steps. All 0-dim tensors.
+
+    Args:
+        upper_value: f(x, y).
+        stationarity: `‖x - P(x - h)‖` with the hypergradient h and the projection P on the upper set.
+        lower_value: g(x, y).
+        lower_gradient_norm: `‖dg/dy‖`.
+        residual: relative residual of the linear solve, nan for solvers without one.
+        error_estimate: of the hypergradient, nan where it was not certified.
+        status: of the linear solve; CONVERGED for solvers without one.
+    """
+
+    upper_value: Tensor
+    stationarity: Tensor
+    lower_value: Tensor
+    lower_gradient_norm: Tensor
+    residual: Tensor
+    error_estimate: Tensor
+    status: Status
+
+
+S = TypeVar("S")
+"""A solver's state: a NamedTuple with at least `x`, `y`, `step` and `metrics`, replaced and never mutated."""
+
+
+class Solver(ABC, Generic[S]):
+    """Minimizes a bilevel problem by steps. Implementations are final frozen dataclasses, the class facts say for what."""
+
+    needs_hvp: ClassVar[bool] = True
+    handles_constraints: ClassVar[bool] = False
+    handles_nonsmooth: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+
+    def refuse(self, problem: Problem) -> None:
+        """Raise InvalidProblem if the problem has a part that this solver cannot treat.
+
+        A wrong answer without a word would be the alternative: an implicit hypergradient ignores active constraints.
+        """
+        name = type(self).__name__
+        constrained = problem.lower_set is not None or problem.constraint is not None
+        if constrained and not self.handles_constraints:
+            part = "lower_set" if problem.lower_set is not None else "constraint"
+            raise InvalidProblem(
+                f"{name} does not handle Problem({part}=...): its hypergradient holds at interior lower solutions only. "
+                "Use a solver whose handles_constraints is True, or move the constraint into the lower objective as a "
+                "penalty."
+            )
+        if problem.regularizer is not None and not problem.regularizer.smooth and not self.handles_nonsmooth:
+            raise InvalidProblem(
+                f"{name} does not handle the kinks of {type(problem.regularizer).__name__}. Use a solver whose "
+                "handles_nonsmooth is True, or a smooth regularizer (L2)."
+            )
+
+    @abstractmethod
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> S:
+        """Return the state before the first step at `(x, y)`.
+
+        Raises:
+            InvalidProblem: the problem has a part that this solver cannot treat.
+        """
+
+    @abstractmethod
+    def step(self, oracles: Oracles, state: S) -> S:
+        """Return the state after one upper step."""
+
+    @abstractmethod
+    def backtracked(self, factor: float) -> Solver[S]:
+        """Return this solver with upper steps `factor` times as long."""
+
+    def certify(self, oracles: Oracles, state: S) -> Estimate | None:
+        """Return the certified hypergradient at the state's x and its own y, None for solvers that form none."""
+        return None
+
+    def skipped(self, state: S) -> S:
+        """Return the state with the same x and y that will see the next batches."""
+        known: Any = state
+        after: S = known._replace(step=known.step + 1)
+        return after

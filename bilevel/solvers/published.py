@@ -1,0 +1,98 @@
+"""Published methods as settings of `HypergradientDescent`: each constructor is one paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bilevel.hypergradients.implicit import Implicit
+from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
+from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
+from bilevel.solvers.hypergradient_descent import HypergradientDescent
+
+
+def implicit(linear: LinearSolver | None = None, **options: Any) -> HypergradientDescent:
+    """Descend along implicit hypergradients, by default with CG, to a tolerance and with warm starts.
+
+    Args:
+        linear: solver of `H w = df/dy`; `CG()` if None.
+        options: of `HypergradientDescent`, except `estimator`.
+
+    References:
+        Pedregosa, "Hyperparameter optimization with approximate gradient", ICML 2016 (Algorithm 1).
+
+    Example:
+        >>> import bilevel
+        >>> implicit(linear=bilevel.CG(max_steps=8), lower_steps=5).lower_steps
+        5
+    """
+    return HypergradientDescent(estimator=Implicit(linear=CG() if linear is None else linear), **options)
+
+
+def neumann(terms: int = 20, alpha: float | None = None, **options: Any) -> HypergradientDescent:
+    """Approximate the inverse Hessian by a truncated Neumann series; `terms=0` is the T1-T2 (identity) method.
+
+    Its bias does not vanish: about `(1 - alpha mu)^(terms + 1)` of the implicit part, with the least curvature mu.
+
+    Args:
+        terms: HVPs of each hypergradient, >= 0.
+        alpha: scale of the lower curvature, 0 < alpha < 2 / (largest curvature); measured if None.
+        options: of `HypergradientDescent`, except `estimator`.
+
+    References:
+        Lorraine, Vicol, Duvenaud, "Optimizing millions of hyperparameters by implicit differentiation", AISTATS 2020
+        (Algorithms 2 and 3). Luketina et al., "Scalable gradient-based tuning of continuous regularization
+        hyperparameters", ICML 2016, is `terms=0`.
+    """
+    return HypergradientDescent(estimator=Implicit(linear=Neumann(terms=terms, alpha=alpha), warm_start=False), **options)
+
+
+def amigo(lower_steps: int = 10, linear_steps: int = 10, **options: Any) -> HypergradientDescent:
+    """Take a few warm-started gradient steps on y and on the linear system for each step of x.
+
+    Args:
+        lower_steps: SGD steps on y.
+        linear_steps: gradient steps on `w^T H w / 2 - w^T df/dy`.
+        options: of `HypergradientDescent`, except `estimator`; `lower` is SGD with a measured step length by default.
+
+    References:
+        Arbel, Mairal, "Amortized implicit differentiation for stochastic bilevel optimization", ICLR 2022
+        (Algorithm 1). Here the upper step is Adam's by default, the paper's is SGD.
+    """
+    linear = Neumann(terms=linear_steps - 1)
+    lower = options.pop("lower", SGD(lr=None))
+    return HypergradientDescent(lower=lower, lower_steps=lower_steps, estimator=Implicit(linear=linear), **options)
+
+
+def imaml(lower_steps: int = 16, linear_steps: int = 5, **options: Any) -> HypergradientDescent:
+    """Implicit MAML: few gradient steps on a proximally regularized task, then few CG steps.
+
+    State the proximal term `lambda / 2 ‖y - x‖^2` in the lower objective, several tasks as `Problem(blocks=...)`, and the
+    start of adaptation as `lower_init`; with one, every step restarts there, as in the paper.
+
+    Args:
+        lower_steps: gradient steps of each adaptation (16 in the paper's Omniglot runs).
+        linear_steps: CG steps (5 there).
+        options: of `HypergradientDescent`, except `estimator`.
+
+    References:
+        Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", NeurIPS 2019 (Algorithms 1 and 2).
+    """
+    lower = options.pop("lower", SGD(lr=None))
+    estimator = Implicit(linear=CG(max_steps=linear_steps))
+    return HypergradientDescent(lower=lower, lower_steps=lower_steps, estimator=estimator, **options)
+
+
+def nystrom(rank: int = 10, rho: float = 1e-2, **options: Any) -> HypergradientDescent:
+    """Invert a low-rank sketch of the Hessian, `(H_k + rho I)^-1`: `rank` HVPs, all at once.
+
+    Its bias does not vanish where eigenvalues outside the sketch exceed rho.
+
+    Args:
+        rank: of the sketch, at most the number of lower variables.
+        rho: > 0, in the units of the Hessian: added to every eigenvalue.
+        options: of `HypergradientDescent`, except `estimator`.
+
+    References:
+        Hataya, Yamada, "Nystrom method for accurate and scalable implicit differentiation", AISTATS 2023.
+    """
+    return HypergradientDescent(estimator=Implicit(linear=Nystrom(rank=rank, damping=rho), warm_start=False), **options)

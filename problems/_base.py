@@ -1,0 +1,45 @@
+"""What a ready problem is: a statement with starts, a way to judge answers, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bilevel.layout import Variables, named_leaves
+from bilevel.problem import Problem
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem that can be run as it stands.
+
+    Args:
+        name: as the command line knows it.
+        problem: the statement; `problem.reference` is x* where it is known.
+        x0: upper start.
+        y0: lower start.
+        steps: upper steps that suffice for the solvers' defaults.
+        evaluate: (x, y) -> named numbers on data that no solver has seen (test accuracy and the like).
+        source: where the problem or its data come from, with their licence.
+    """
+
+    name: str
+    problem: Problem
+    x0: Variables
+    y0: Variables
+    steps: int = 200
+    evaluate: Callable[[Variables, Variables], dict[str, Any]] | None = None
+    source: str = ""
+
+    def x_error(self, x: Variables) -> float | None:
+        """Return `‖x - x*‖ / max(1, ‖x*‖)`, or None where x* is not known."""
+        if self.problem.reference is None:
+            return None
+        flat, reference = (
+            torch.cat([leaf.detach().flatten().double() for _, leaf in named_leaves(v)])
+            for v in (x, self.problem.reference)
+        )
+        return float((flat - reference).norm() / reference.norm().clamp_min(1.0))
