@@ -55,7 +55,7 @@ def strong_wolfe(
 
     It expands until a minimum is bracketed, then interpolates by cubics, guarded by bisection. Where the values differ
     by less than `noise`, the slopes decide alone, so that the gradient can still be driven down where the value cannot.
-    If the trials run out, the best point that satisfies the first condition is returned.
+    If the trials run out, the last point that satisfies the first condition is returned, if it is lower.
 
     Args:
         evaluate: a -> the trial at length a.
@@ -73,7 +73,7 @@ def strong_wolfe(
     for count in range(1, max_trials + 1):
         trial = evaluate(length)
         if trial.value == -math.inf:
-            return Search(None if low is start else low, count, unbounded=True, finite=True)
+            return Search(low if low.value < start.value else None, count, unbounded=True, finite=True)
         any_finite = any_finite or trial.finite
         too_far = not trial.finite or trial.value > noise + min(
             low.value, start.value + _DECREASE * length * start.slope
@@ -96,7 +96,7 @@ def strong_wolfe(
         previous_width = width
     # Still as steep after a million times the first length: nothing but an infinite fall looks so.
     unbounded = low.length >= 1e6 * first
-    return Search(None if low is start else low, count, unbounded, any_finite)
+    return Search(low if low.value < start.value else None, count, unbounded, any_finite)
 
 
 def _extrapolate(previous: Trial, last: Trial) -> float:

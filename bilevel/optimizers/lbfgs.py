@@ -19,7 +19,6 @@ from bilevel.status import InvalidProblem, Status
 Objective: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """y -> (value, gradient): a 0-dim value, or one value a row of y `[m, d]`, of which the sum counts."""
 
-_IDLE_STEPS = 10
 _NOISE = 10.0
 
 
@@ -33,17 +32,19 @@ class LBFGS:
     It has converged where `‖g‖ <= tol`, g being the gradient over all rows: a bound that depends neither on the start,
     so that a warm start at the solution ends at once, nor on the value, to which a constant could be added. A `tol`
     below 10 eps of y's dtype (float32: 1.2e-6) counts as that. Where rounding keeps the norm above it (a sum over many
-    examples in float32, say), the run ends STALLED, after 10 steps in which neither the value nor the gradient norm
-    fell measurably.
+    examples in float32, say), the run ends STALLED, after `patience` steps in which neither the value nor the gradient
+    norm fell measurably.
 
     The point returned has the least value found, ties within rounding (10 eps |value|) decided by the gradient norm;
     so it is never worse than the start. Rows of `[m, d]` are one point: their values are added. Dot products are
     accumulated in float64, and the run is deterministic. It is not meant to be differentiated through.
 
     Args:
-        memory: pairs kept, at least 1; more than 20 seldom helps.
+        memory: pairs kept, at least 1.
         max_steps: >= 0.
         tol: > 0, in units of the gradient: an objective of small scale needs a smaller one.
+        patience: steps without measurable progress before the run counts as stalled, at least 1. Ill-conditioned
+            problems need more to drive the gradient down where the value no longer moves (condition 1e4: 40).
         max_trials: evaluations per line search, at least 1; a step rarely takes more than 2.
 
     Raises:
@@ -72,11 +73,13 @@ class LBFGS:
     memory: int = 10
     max_steps: int = 100
     tol: float = 1e-8
+    patience: int = 20
     max_trials: int = 25
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory, 1)
         check_count("max_steps", self.max_steps, 0)
+        check_count("patience", self.patience, 1)
         check_count("max_trials", self.max_trials, 1)
         _check_tol(self.tol)
 
@@ -101,8 +104,7 @@ class LBFGS:
         max_steps = self.max_steps if max_steps is None else max_steps
         _check_tol(tol)
         check_count("max_steps", max_steps, 0)
-        eps = torch.finfo(y0.dtype).eps
-        return _Run(fun, y0, _Pairs(self.memory, eps), max(tol, 10 * eps), eps, self.max_trials).to_end(max_steps)
+        return _Run(self, fun, y0, tol).to_end(max_steps)
 
 
 def _check_tol(tol: float) -> None:
@@ -149,14 +151,17 @@ class _Pairs:
 class _Run:
     """One minimization: where it is, the best point so far, and what it has cost."""
 
-    def __init__(self, fun: Objective, y0: Tensor, pairs: _Pairs, tol: float, eps: float, max_trials: int) -> None:
-        self.fun, self.pairs, self.tol, self.eps, self.max_trials = fun, pairs, tol, eps, max_trials
+    def __init__(self, options: LBFGS, fun: Objective, y0: Tensor, tol: float) -> None:
+        self.options, self.fun = options, fun
+        self.eps = torch.finfo(y0.dtype).eps
+        self.tol = max(tol, 10 * self.eps)
+        self.pairs = _Pairs(options.memory, self.eps)
         self.steps = self.evaluations = self.idle = 0
         y = y0.detach().clone()
         self.point = self.best = self.evaluate(y, torch.zeros_like(y), 0.0)
         self.least = self.point.value
         self.mark = (self.point.value, self.point.gradient_norm)
-        self.bottom = -max(1.0, abs(self.point.value)) / eps**2
+        self.bottom = -max(1.0, abs(self.point.value)) / self.eps**2
 
     def to_end(self, max_steps: int) -> Minimum:
         """Step until something ends it."""
@@ -188,7 +193,7 @@ class _Run:
             first,
             noise,
             self.eps * size / reach,
-            self.max_trials,
+            self.options.max_trials,
         )
         if search.trial is None:
             if search.unbounded:
@@ -200,7 +205,7 @@ class _Run:
         self.keep_best(noise)
         if search.unbounded or self.point.value < self.bottom:
             return Status.DIVERGED
-        return Status.STALLED if self.idle >= _IDLE_STEPS else None
+        return Status.STALLED if self.idle >= self.options.patience else None
 
     def forget_or(self, status: Status) -> Status | None:
         """Forget the pairs and go on along the gradient; return the status if none were left to forget."""

@@ -1,0 +1,44 @@
+"""The values of the schedules are those of torch's schedulers."""
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from bilevel.optimizers import Cosine, StepDecay
+
+
+def torch_rates(make, steps, lr=0.3):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler = make(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("steps", "end"), [(1, 0.0), (7, 0.0), (50, 0.05)])
+def test_cosine_equals_torch(steps, end):
+    schedule = Cosine(0.3, end=end, steps=steps)
+    expected = torch_rates(lambda o: lr_scheduler.CosineAnnealingLR(o, steps, eta_min=end), steps + 1)
+    assert [schedule(None, step) for step in range(steps + 1)] == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_cosine_stays_at_its_end():
+    schedule = Cosine(0.3, end=0.1, steps=5)
+    assert [schedule(None, step) for step in (5, 6, 10, 1000)] == [0.1] * 4
+
+
+@pytest.mark.parametrize(("factor", "every"), [(0.1, 3), (0.9, 1), (2.0, 4)])
+def test_step_decay_equals_torch(factor, every):
+    schedule = StepDecay(0.3, factor, every)
+    expected = torch_rates(lambda o: lr_scheduler.StepLR(o, every, gamma=factor), 15)
+    assert [schedule(None, step) for step in range(15)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedules_nest():
+    schedule = Cosine(StepDecay(1.0, 0.5, 10), end=lambda x, step: x, steps=20)
+    assert schedule(0.2, 0) == 1.0
+    assert schedule(0.2, 10) == pytest.approx(0.35)
+    assert schedule(0.2, 20) == 0.2
