@@ -95,7 +95,7 @@ def strong_wolfe(
             break
         previous_width = width
     # Still as steep after a million times the first length: nothing but an infinite fall looks so.
-    unbounded = low.length >= 1e6 * first
+    unbounded = low.length >= 1e6 * first and (high is None or not high.finite)
     return Search(low if low.value < start.value else None, count, unbounded, any_finite)
 
 

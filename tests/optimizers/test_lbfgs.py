@@ -231,6 +231,24 @@ def test_unbounded_below(function, y0, dtype):
     assert minimum.value.isfinite()
 
 
+@pytest.mark.parametrize("max_trials", [12, 14, 25])
+def test_a_far_start_is_not_taken_for_unbounded(max_trials):
+    # The first length is 1e-12 here, the right one a hundred million times that.
+    fun = objective(lambda y: (1e4 * y * y / 2 + 1e-3 * y**4).sum())
+    y0 = torch.tensor([1e8, -3e7], dtype=torch.float64)
+    assert LBFGS(max_trials=max_trials).minimize(fun, y0).status is Status.CONVERGED
+    bent = strong_wolfe(
+        lambda a: Trial(a, -a if a < 3e6 else a, -1.0 if a < 3e6 else 1.0, y0, y0, 1.0),
+        Trial(0.0, 0.0, -1.0, y0, y0, 1.0),
+        1.0,
+        noise=0.0,
+        shortest=0.0,
+        max_trials=max_trials,
+    )
+    assert not bent.unbounded
+    assert bent.trial is not None
+
+
 def test_minus_infinity_is_unbounded():
     minimum = LBFGS().minimize(lambda y: (torch.where(y < 0.5, -math.inf, y).sum(), torch.ones_like(y)), torch.ones(1))
     assert minimum.status is Status.DIVERGED
