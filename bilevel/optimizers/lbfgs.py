@@ -51,7 +51,8 @@ class LBFGS:
         InvalidProblem: an option is out of its range.
 
     Cost:
-        at most 2 memory + 14 vectors the size of y; per step one evaluation (rarely more) and 4 memory vector operations.
+        At most 2 memory + 14 vectors the size of y; per step one evaluation, rarely more, and 4 memory operations on
+        vectors.
 
     Notes:
         DIVERGED means that the value still fell as steeply a million times the first step length away, or that it fell
