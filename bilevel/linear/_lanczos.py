@@ -12,9 +12,9 @@ from bilevel.linear._krylov import Tridiagonal
 
 
 def random_signs(b: Tensor, seed: int) -> Tensor:
-    """Return random signs shaped like b; the same for every device."""
+    """Return random signs shaped like b: the same in every row, so that no answer depends on its neighbors."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, b.shape, generator=generator).to(b) * 2 - 1
+    return (torch.randint(0, 2, b.shape[-1:], generator=generator).to(b) * 2 - 1).expand_as(b)
 
 
 def ritz_range(product: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -53,9 +53,10 @@ class CG(LinearSolver):
     Notes:
         CONVERGED only by the recomputed residual. STEP_LIMIT: also where rounding forbids the tolerance.
         NEGATIVE_CURVATURE: the row stops at the iterate before (see `curvature`). SINGULAR: a flat direction was met
-        while the residual was large. BREAKDOWN: P is not positive definite. A consistent singular system converges,
-        to the minimum-norm solution if started from zero without preconditioner, and cannot be told from a regular
-        one. Curvature: Ritz values, with a preconditioner Rayleigh quotients of the directions.
+        while the residual was large. In all of these an iterate further off than the start is replaced by the best one
+        seen. BREAKDOWN: P is not positive definite. A consistent singular system converges, to the minimum-norm
+        solution if started from zero without preconditioner, and cannot be told from a regular one. Curvature: Ritz
+        values, with a preconditioner Rayleigh quotients of the directions.
 
     References:
         Hestenes and Stiefel, 1952, Journal of Research of the National Bureau of Standards 49(6).

@@ -44,7 +44,8 @@ class GMRES(LinearSolver):
     Notes:
         Short cycles can stall: where one reduces the residual by less than a thousandth its rows end at the STEP_LIMIT.
         SINGULAR: the Krylov space is exhausted (it is all of R^d at the latest) and the residual is still large; the
-        value is a least-squares solution over it. `curvature` holds Rayleigh quotients of the basis.
+        value is a least-squares solution over it. `curvature`: eigenvalues of the symmetric part of H_k, which lie in
+        the spectrum of that of A.
 
     References:
         Saad and Schultz, 1986, SIAM Journal on Scientific and Statistical Computing 7(3).
@@ -85,7 +86,6 @@ class GMRES(LinearSolver):
         basis = [torch.where(active, start / length, 0.0).to(dtype)]
         columns: list[Tensor] = []
         y = reached = torch.zeros_like(target)
-        low, high = torch.full_like(target, torch.inf), torch.full_like(target, -torch.inf)
         cycle = min(self.restart, budget, start.shape[-1])
         for step in range(1, cycle + 1):
             q = products(basis[-1])
@@ -96,9 +96,7 @@ class GMRES(LinearSolver):
             size = norm(q)
             codes = mark(codes, working & ~size.isfinite(), Status.NON_FINITE)
             working = working & (codes == OPEN)
-            low = torch.where(working, torch.minimum(low, column[-1]), low)
-            high = torch.where(working, torch.maximum(high, column[-1]), high)
-            columns.append(torch.cat([torch.where(working, c, 0.0) for c in [*column, size]], -1))
+            columns.append(torch.cat([torch.where(working, c, torch.nan) for c in [*column, size]], -1))
             working = working & (size > eps * scale)
             basis.append(torch.where(working, q / size, 0.0).to(dtype))
             if step % period == 0 or step == cycle:
@@ -113,14 +111,31 @@ class GMRES(LinearSolver):
         # What is no longer at work has an exhausted Krylov space; so has all of R^d.
         exhausted = ~working | (step == start.shape[-1])
         codes = mark(codes, active & exhausted & (reached > eps**0.5 * length), Status.SINGULAR)
-        return Correction(e, codes, step, low, high)
+        return Correction(e, codes, step, *_curvature(columns))
+
+
+def _hessenberg(columns: list[Tensor]) -> Tensor:
+    """Return H `[..., k + 1, k]` from columns of 2, 3, ... entries; columns of steps not made are not numbers."""
+    return torch.stack([torch.nn.functional.pad(c, (0, len(columns) + 1 - c.shape[-1])) for c in columns], -1)
 
 
 def _least_squares(columns: list[Tensor], length: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y `[..., k]` that minimizes ‖length e_1 - H y‖, and that norm; column j has j + 2 entries."""
-    k = len(columns)
-    H = torch.stack([torch.nn.functional.pad(c, (0, k + 1 - c.shape[-1])) for c in columns], -1)
+    """Return y `[..., k]` that minimizes ‖length e_1 - H y‖, and that norm."""
+    H = _hessenberg(columns).nan_to_num(0.0, 0.0, 0.0)
     first = torch.zeros_like(H[..., 0])
     first[..., :1] = length
     y = torch.linalg.pinv(H, rtol=eps) @ first.unsqueeze(-1)
     return y.squeeze(-1), norm(first - (H @ y).squeeze(-1))
+
+
+def _curvature(columns: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the extreme eigenvalues of (H_k + H_k^T) / 2 of each row, (inf, -inf) where no step was made."""
+    H = _hessenberg(columns)[..., :-1, :]
+    H = (H + H.mT) / 2
+    made = H.diagonal(dim1=-2, dim2=-1).isfinite()
+    first = H[..., :1, 0]
+    # Steps not made are replaced by copies of the first Rayleigh quotient, which add nothing to the range.
+    H = torch.where(made.unsqueeze(-1) & made.unsqueeze(-2), H, torch.diag_embed(first.expand_as(made)))
+    known = made[..., :1]
+    ritz = torch.linalg.eigvalsh(torch.where(known.unsqueeze(-1), H, 0.0))
+    return torch.where(known, ritz[..., :1], torch.inf), torch.where(known, ritz[..., -1:], -torch.inf)

@@ -46,9 +46,9 @@ class MINRES(LinearSolver):
         one to recompute the residual at the end.
 
     Notes:
-        A consistent singular system converges to its minimum-norm solution (from zero). On an inconsistent one the
-        row stops as SINGULAR at a least-squares solution, in general not the one of least norm. In low precision a large condition number costs accuracy,
-        as the directions are built by division by small numbers.
+        A consistent singular system converges to its minimum-norm solution (from zero). On an inconsistent one the row
+        stops as SINGULAR at a least-squares solution, in general not the one of least norm. In low precision a large
+        condition number costs accuracy, as the directions are built by division by small numbers.
 
     References:
         Paige and Saunders, 1975, SIAM Journal on Numerical Analysis 12(4).

@@ -47,8 +47,9 @@ def sketch(products: Products, b: Tensor, rank: int, seed: int) -> Sketch:
     Eigenvalues Θ that are not positive are left out, where a Cholesky factor would not exist.
     """
     generator = torch.Generator().manual_seed(seed)
-    test = torch.randn((rank, *b.shape), generator=generator, dtype=b.dtype).to(b.device).movedim(0, -1)
-    omega = torch.linalg.qr(test)[0].mT.contiguous()
+    test = torch.randn((b.shape[-1], rank), generator=generator, dtype=b.dtype).to(b.device)
+    # The same directions for every row, so that no answer depends on its neighbors.
+    omega = torch.linalg.qr(test)[0].mT.expand(*b.shape[:-1], rank, b.shape[-1])
     Y = products.many(omega.movedim(-2, 0)).movedim(0, -2)
     finite = Y.isfinite().all(-1).all(-1)
     Y = torch.where(finite[..., None, None], Y, 0.0)
@@ -208,9 +209,9 @@ class NystromPreconditioner(Preconditioner):
         products = Products(operator)
         found = sketch(products, b, self.rank, self.seed)
         values = found.values.nan_to_num(0.0)
-        # Without damping a null direction of the sketch has no scale of its own; rounding gives it one.
-        floor = torch.finfo(b.dtype).eps * values.amax(-1, keepdim=True)
-        shifted = torch.maximum(values + damping, floor)
-        shifted = torch.where(shifted > 0, shifted, 1.0)
-        inside = shifted.amin(-1, keepdim=True) / shifted
+        # Directions whose curvature is rounding (or was clipped) are left to CG like those outside the sketch.
+        shifted = values + damping
+        known = shifted > 100 * torch.finfo(b.dtype).eps * values.amax(-1, keepdim=True)
+        least = torch.where(known, shifted, torch.inf).amin(-1, keepdim=True)
+        inside = torch.where(known, least / shifted, 1.0)
         return Prepared(lambda v: found.spectral(v, inside, 1.0), products.count)

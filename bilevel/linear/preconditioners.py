@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear._base import Operator, dot
+from bilevel.linear._lanczos import random_signs
 from bilevel.linear._rows import Products, require, require_at_least, require_nonnegative
 
 
@@ -97,9 +98,9 @@ class Jacobi(Preconditioner):
         return Prepared(lambda v: v / scale, products.count)
 
     def _estimate(self, products: Products, b: Tensor, diagonal: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros_like(b[..., :1])
-        for _ in range(self.probes):
-            signs = torch.randint(0, 2, b.shape, generator=generator).to(b) * 2 - 1
+        for probe in range(self.probes):
+            signs = random_signs(b, self.seed + probe)
             total = total + (dot(signs, products(signs) - diagonal * signs) / b.shape[-1]).to(b.dtype)
-        return (total / self.probes).clamp_min(0)
+        # An operator that is not finite is for the solver to report.
+        return (total / self.probes).nan_to_num(0.0, 0.0, 0.0).clamp_min(0)
