@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from bilevel._module_copies import attributes, snapshot, unwrapped, working_copy
+from bilevel.modules._copies import attributes, snapshot, unwrapped, working_copy
 from bilevel.status import InvalidProblem
 
 

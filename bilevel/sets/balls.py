@@ -1,97 +1,17 @@
-"""Closed convex sets, given by their Euclidean projections."""
+"""Bounds on a sum over all entries: simplices and balls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import isfinite
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from bilevel._linear_sets import Affine, Halfspace
-from bilevel._set import Projection, Set, is_list, is_nested, project_bare
 from bilevel.layout import Layout
+from bilevel.sets._base import Projection, Set, project_bare
 from bilevel.status import InvalidProblem
-
-__all__ = [
-    "Affine",
-    "Ball",
-    "Box",
-    "Halfspace",
-    "L1Ball",
-    "NonNegative",
-    "Product",
-    "Projection",
-    "Set",
-    "Simplex",
-]
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Box(Set):
-    """Bound each entry: `{v: lower <= v <= upper}`; its projection clamps.
-
-    Args:
-        lower: a number, a tensor that broadcasts to the variable, or a structure nested like the variables whose
-            entries broadcast to their leaves. Left out dict keys, and -inf, mean no bound.
-        upper: likewise, with inf.
-
-    Raises:
-        InvalidProblem: a bound is not a number, or lower > upper, or (at `bind`) a bound fits no leaf.
-
-    Example:
-        >>> Box(-1, torch.tensor([1.0, 5.0])).project(torch.tensor([-3.0, 7.0]))
-        tensor([-1.,  5.])
-    """
-
-    lower: Any = -inf
-    upper: Any = inf
-
-    def __post_init__(self) -> None:
-        if not is_nested(self.lower) and not is_nested(self.upper):
-            lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in (self.lower, self.upper))
-            if lower.dim() == 0 or upper.dim() == 0 or lower.shape == upper.shape:
-                _check_bounds(lower, upper, lambda index: "")
-
-    def project(self, point: Tensor) -> Tensor:
-        """Return `point` clamped to the bounds.
-
-        Raises:
-            InvalidProblem: the bounds are nested or have another shape; then use `bind`.
-        """
-        if is_nested(self.lower) or is_nested(self.upper):
-            raise InvalidProblem("Box with nested bounds has no projection of a bare tensor; use bind(layout).")
-        return project_bare(self, point)
-
-    def bind(self, layout: Layout) -> Projection:
-        """Return the clamp of flat vectors."""
-        lower = layout.spread(self.lower, -inf, what="Box(lower)")
-        upper = layout.spread(self.upper, inf, what="Box(upper)")
-        _check_bounds(lower, upper, lambda index: f" for '{layout.name_of(index % layout.size)}'")
-        lower, upper = lower.detach().clone(), upper.detach().clone()
-        return lambda flat: flat.clamp(lower, upper)
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class NonNegative(Set):
-    """Keep each entry at least 0: `{v: v >= 0}`.
-
-    Example:
-        >>> NonNegative().project(torch.tensor([-3.0, 7.0]))
-        tensor([0., 7.])
-    """
-
-    def project(self, point: Tensor) -> Tensor:
-        """Return `max(point, 0)`."""
-        return point.clamp_min(0)
-
-    def bind(self, layout: Layout) -> Projection:
-        """Return the projection of flat vectors."""
-        return self.project
 
 
 @final
@@ -175,8 +95,6 @@ class Ball(Set):
 
     def project(self, point: Tensor) -> Tensor:
         """Return `center + (point - center) min(1, radius / ‖point - center‖)`."""
-        if is_nested(self.center):
-            raise InvalidProblem("Ball with a nested center has no projection of a bare tensor; use bind(layout).")
         return project_bare(self, point)
 
     def bind(self, layout: Layout) -> Projection:
@@ -235,62 +153,6 @@ class L1Ball(Set):
         return torch.where(inside, flat, flat.sign() * _onto_simplex(size, self.radius))
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Product(Set):
-    """Constrain parts of the variables, each by a set of its own.
-
-    Args:
-        structure: nested like the variables, with a Set or None (free) at each leaf. A set higher up constrains all
-            leaves below it together. Left out dict keys are free.
-
-    Raises:
-        InvalidProblem: an entry is no Set, or (at `bind`) the nesting differs or a set does not fit its leaf.
-
-    Example:
-        >>> layout = Layout.of({"rate": torch.zeros(1), "mix": torch.zeros(2)})
-        >>> Product({"mix": Simplex()}).bind(layout)(torch.tensor([-7.0, 3.0, 0.0]))
-        tensor([-7.,  1.,  0.])
-    """
-
-    structure: Any
-
-    def project(self, point: Tensor) -> Tensor:
-        """Return the projection of a bare tensor, for a structure that is a bare set; else use `bind`."""
-        return project_bare(self, point)
-
-    def bind(self, layout: Layout) -> Projection:
-        """Return the projection of flat vectors, part by part."""
-        parts: list[tuple[slice, Projection]] = []
-        _collect(layout, layout.skeleton, self.structure, parts)
-
-        def project(flat: Tensor) -> Tensor:
-            pieces, at = [], 0
-            for place, part in parts:
-                pieces += [flat[..., at : place.start], part(flat[..., place])]
-                at = place.stop
-            return torch.cat([*pieces, flat[..., at:]], dim=-1)
-
-        return project
-
-
-def _collect(layout: Layout, node: Any, structure: Any, parts: list[tuple[slice, Projection]]) -> None:
-    if structure is None:
-        return
-    if isinstance(structure, Set):
-        place, own = layout.part(node)
-        parts.append((place, structure.bind(own)))
-    elif isinstance(structure, Mapping) and isinstance(node, Mapping) and structure.keys() <= node.keys():
-        for key, child in node.items():
-            _collect(layout, child, structure.get(key), parts)
-    elif is_list(structure) and is_list(node) and len(structure) == len(node):
-        for child, entry in zip(node, structure, strict=True):
-            _collect(layout, child, entry, parts)
-    else:
-        names = layout.part(node)[1].names
-        raise InvalidProblem(f"Product: {structure!r} does not fit the leaves {names}; give Sets nested like them.")
-
-
 def _onto_simplex(rows: Tensor, total: float) -> Tensor:
     """Project the last dimension onto `{v >= 0, sum v = total}`."""
     # Subtracting the maximum changes nothing but rounding; float64 sums keep long float32 rows exact.
@@ -301,14 +163,6 @@ def _onto_simplex(rows: Tensor, total: float) -> Tensor:
     active = (falling * count > excess).sum(-1, keepdim=True).clamp_min(1)
     threshold = excess.gather(-1, active - 1) / active
     return (shifted - threshold).clamp_min(0).to(rows.dtype)
-
-
-def _check_bounds(lower: Tensor, upper: Tensor, where: Callable[[int], str]) -> None:
-    bad = ~((lower <= upper) & (lower < inf) & (upper > -inf))
-    if bad.any():
-        index = int(bad.reshape(-1).nonzero()[0])
-        low, high = (float(bound.expand(bad.shape).reshape(-1)[index]) for bound in (lower, upper))
-        raise InvalidProblem(f"Box: bounds must satisfy lower <= upper, got {low} and {high}{where(index)}.")
 
 
 def _check_radius(name: str, radius: float) -> None:

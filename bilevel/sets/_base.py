@@ -50,7 +50,5 @@ def is_list(value: Any) -> bool:
 
 
 def is_nested(value: Any) -> bool:
-    """Whether a value is a structure; a plain list of numbers is a tensor."""
-    if is_list(value):
-        return any(not isinstance(item, int | float) for item in value)
-    return isinstance(value, Mapping)
+    """Whether a value may be a structure, to be understood only beside the variables."""
+    return isinstance(value, Mapping) or is_list(value)

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel._set import Projection, Set, is_nested, project_bare
 from bilevel.layout import Layout
+from bilevel.sets._base import Projection, Set, is_nested, project_bare
 from bilevel.status import InvalidProblem
 
 
@@ -42,8 +42,6 @@ class Halfspace(Set):
 
     def project(self, point: Tensor) -> Tensor:
         """Return `point - max(<a, point> - b, 0) a / ‖a‖²`."""
-        if is_nested(self.normal):
-            raise InvalidProblem("Halfspace with a nested normal projects no bare tensor; use bind(layout).")
         return project_bare(self, point)
 
     def bind(self, layout: Layout) -> Projection:
