@@ -202,7 +202,7 @@ class Layout:
         ]
         by_block = any(row.dim() > len(shape) for row, shape in zip(rows, self.shapes, strict=True))
         lead = self.shape[:-1] if by_block else ()
-        return self.concat([row.expand(*lead, *shape) for row, shape in zip(rows, self.shapes, strict=True)])
+        return self.concat([row.expand((*lead, *shape)) for row, shape in zip(rows, self.shapes, strict=True)])
 
     def _entry(self, value: Any, what: str, name: str, dtype: torch.dtype) -> Tensor:
         if not isinstance(value, Tensor):
