@@ -1,5 +1,6 @@
 """L-BFGS against closed forms and SciPy, and what it says when it cannot."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from bilevel.optimizers import LBFGS
 from bilevel.optimizers._line_search import Trial, strong_wolfe
+from bilevel.optimizers.lbfgs import _Pairs, _Run
 from bilevel.status import InvalidProblem, Status
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -389,3 +391,54 @@ def test_the_line_search_meets_the_wolfe_conditions(function, first):
     assert search.trial.value <= start.value + 1e-4 * search.trial.length * start.slope + 1e-15
     assert abs(search.trial.slope) <= 0.9 * abs(start.slope)
     assert search.evaluations <= 20
+
+
+def test_pairs_without_curvature_are_left_out():
+    pairs = _Pairs(3, eps=1e-16)
+    s = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for z in (-s, 0 * s, torch.tensor([1e-17, 1.0], dtype=torch.float64)):
+        pairs.push(s, z)
+    assert not pairs.kept
+    assert torch.equal(pairs.direction(s), -s)
+    pairs.push(s, 4 * s)
+    torch.testing.assert_close(pairs.direction(s), -s / 4)
+
+
+def test_an_uphill_direction_forgets_the_pairs():
+    y0 = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    run = _Run(LBFGS(), lambda y: ((y * y).sum() / 2, y), y0, tol=1e-8)
+    run.pairs.kept.append((y0, 0 * y0, torch.tensor(-1.0, dtype=torch.float64)))
+    assert run.step() is None
+    assert not run.pairs.kept
+    assert run.to_end(10).status is Status.CONVERGED
+
+
+def test_more_steps_never_return_a_worse_point():
+    fun, _ = quadratic(1e2, dtype=torch.float32, scale=1e3)
+    runs = [LBFGS(max_steps=steps, patience=100).minimize(fun, torch.zeros(20)) for steps in range(40, 110)]
+    assert runs[-1].status is Status.STALLED
+    for shorter, longer in itertools.pairwise(runs):
+        noise = 10 * 1.2e-7 * shorter.value.abs()
+        assert longer.value < shorter.value - 0.5 * noise or longer.gradient_norm <= shorter.gradient_norm
+
+
+def test_the_floor_of_the_precision_costs_little():
+    # The values go to 0 here, so that their rounding does not show in them.
+    fun, calls = counted(objective(rosenbrock))
+    minimum = LBFGS(max_steps=1000).minimize(fun, -torch.ones(50))
+    assert minimum.status in {Status.CONVERGED, Status.STALLED}
+    assert len(calls) < 1.4 * minimum.steps
+
+
+def test_a_search_below_the_noise_gives_up_early():
+    y = torch.zeros(1)
+    search = strong_wolfe(
+        lambda a: Trial(a, 1.0 + 1e-9, -1e-14, y, y, 1.0),
+        Trial(0.0, 1.0, -1e-14, y, y, 1.0),
+        1.0,
+        noise=1e-12,
+        shortest=0.0,
+        max_trials=25,
+    )
+    assert search.trial is None
+    assert search.evaluations == 3
