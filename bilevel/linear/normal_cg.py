@@ -49,7 +49,7 @@ class NormalCG(LinearSolver):
         holds Rayleigh quotients p^T A p / ‖p‖² of the directions.
 
     References:
-        Hestenes and Stiefel, 1952, Journal of Research of the National Bureau of Standards 49(6), section 10.
+        Hestenes and Stiefel, 1952, Journal of Research of the National Bureau of Standards 49(6).
         Björck, 1996, Numerical Methods for Least Squares Problems, SIAM (CGLS).
 
     Example:

@@ -102,7 +102,7 @@ class Nystrom(LinearSolver):
     References:
         Hataya and Yamada, 2023, AISTATS, arXiv:2302.09726 (columns).
         Frangella, Tropp and Udell, 2023, SIAM Journal on Matrix Analysis and Applications, arXiv:2110.02820
-        (stabilized sketch, after its Algorithm 2.1).
+        (stabilized sketch).
 
     Example:
         >>> import torch

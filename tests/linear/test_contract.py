@@ -115,6 +115,10 @@ def test_reported_residual_is_the_true_one(solver, rows):
     A = spd_rows() if rows else spd()
     b = normal(*A.shape[:-1])
     solution = solver.solve(operator(A), b)
+    if hasattr(solver, "damping") and damping(solver) == 0:
+        damped = dataclasses.replace(solver, damping=0.3)
+        other = damped.solve(operator(A), b)
+        torch.testing.assert_close(other.residual, residual(A, b, other.value, 0.3), rtol=1e-8, atol=1e-13)
     expected = residual(A, b, solution.value, damping(solver))
     torch.testing.assert_close(solution.residual, expected, rtol=1e-8, atol=1e-13)
     assert solution.residual.dtype == torch.float64

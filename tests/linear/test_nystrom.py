@@ -79,6 +79,14 @@ def test_negative_curvature_is_flagged(columns):
     assert solution.value.isfinite().all()
 
 
+def test_negative_curvature_is_left_out_of_the_gaussian_sketch():
+    A, b = symmetric([-3.0, -1, 2, 3, 4, 5, 6, 7]), normal(8)
+    eigenvalues, U = torch.linalg.eigh(A)
+    positive = (U * eigenvalues.clamp_min(0)) @ U.T
+    solution = Nystrom(rank=8, damping=0.5).solve(operator(A), b)
+    torch.testing.assert_close(solution.value, exact(positive, b, 0.5), rtol=1e-7, atol=1e-8)
+
+
 def test_only_the_row_with_negative_curvature_is_flagged():
     A = torch.stack([symmetric([-3.0, 1, 2, 3, 4, 5, 6, 7]), spd()])
     assert Nystrom(rank=8, damping=0.1).solve(operator(A), normal(2, 8)).status is Status.NEGATIVE_CURVATURE
