@@ -49,7 +49,5 @@ def hypergradient(
     chosen = Implicit() if estimator is None else estimator
     oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed)
     state = chosen.init(oracles, flat_x, flat_y)
-    estimate, _ = chosen.estimate(
-        oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify
-    )
+    estimate, _ = chosen.estimate(oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify)
     return Hypergradient(oracles.x_layout.unflatten(estimate.gradient), estimate.certificate)

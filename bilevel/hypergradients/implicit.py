@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
 from bilevel.status import InvalidProblem, LinearSolveFailed, Status
 
 TINY = 1e-30
+MARGIN = 1.25
 FAILURES = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN, Status.NON_FINITE}
 
 
@@ -47,7 +49,7 @@ class Implicit(Estimator):
             above 0.5, and only flag it in the certificate, instead of raising LinearSolveFailed.
         strong_convexity: mu > 0 with `H >= mu I` everywhere, if the user certifies one (the L2 weight of a convex
             loss); the certificate then carries bounds.
-        check: solver of the two correction systems behind `error_estimate`.
+        check: solver of the two correction systems behind `error_estimate`, and of the Newton step of `polish`.
 
     Cost:
         One upper gradient, one graph of the lower gradient, the linear solver's products, one cross product. Memory:
@@ -64,7 +66,7 @@ class Implicit(Estimator):
     balance: bool = False
     truncate: bool = False
     strong_convexity: float | None = None
-    check: LinearSolver = field(default_factory=lambda: CG(tol=1e-2, max_steps=50))
+    check: LinearSolver = field(default_factory=lambda: CG(max_steps=100))
 
     def __post_init__(self) -> None:
         if self.strong_convexity is not None and not self.strong_convexity > 0:
@@ -135,19 +137,33 @@ class Implicit(Estimator):
     def _estimate_error(
         self, oracles: Oracles, point: _Point, solution: LinearSolution, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compare with the hypergradient after one Newton step in y and one correction of w."""
-        delta = self.check.solve(point.operator, point.lower.gradient)
+        """Compare with the hypergradient after one Newton step in y and one correction of w.
+
+        A residual of rho leaves a relative error of up to rho times the condition number, so that is what the two
+        correction solves aim at; an error of a tenth of a correction is within the margin.
+        """
+        tol = self._aim(solution)
+        delta = self.check.solve(point.operator, point.lower.gradient, tol=tol)
         near = _Point.at(oracles, point.x, point.y - delta.value, point.upper_step, point.lower_step, None)
         residual = point.upper.y - point.lower.hvp(solution.value)
         moved_residual = near.upper.y - near.lower.hvp(solution.value)
-        correction = self.check.solve(near.operator, moved_residual)
+        correction = self.check.solve(near.operator, moved_residual, tol=tol)
         better = near.hypergradient(solution.value + correction.value)
-        # What the two corrections leave undone, as geometric series of their relative residuals.
-        undone = torch.maximum(delta.residual.max(), correction.residual.max()).clamp_max(0.9)
-        error = (better - gradient).norm() / (1 - undone)
+        undone = torch.maximum(delta.residual.max(), correction.residual.max()) / tol / 10
+        error = MARGIN * (better - gradient).norm() / (1 - undone.clamp(0.0, 0.9))
+        # A number of norm h carries a rounding error of a few eps h, whatever the corrections say.
+        error = error + 10 * torch.finfo(gradient.dtype).eps * gradient.norm()
+        if delta.status in FAILURES or correction.status in FAILURES:
+            error = torch.full_like(error, math.inf)
         # The lower solve's inaccuracy shifts the linear system by this much for each unit of lower gradient.
         shift = (moved_residual - residual).norm() / point.lower.gradient.norm().clamp_min(TINY)
         return error, shift
+
+    def _aim(self, solution: LinearSolution) -> float:
+        if solution.curvature is None:
+            return 1e-4
+        low, high = (abs(float(c)) for c in solution.curvature)
+        return min(max(0.1 * low / max(high, TINY), 1e-8), 1e-2)
 
     def _certificate(
         self, point: _Point, solution: LinearSolution, error: Tensor | None, counts: Counts

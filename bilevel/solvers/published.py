@@ -43,7 +43,9 @@ def neumann(terms: int = 20, alpha: float | None = None, **options: Any) -> Hype
         (Algorithms 2 and 3). Luketina et al., "Scalable gradient-based tuning of continuous regularization
         hyperparameters", ICML 2016, is `terms=0`.
     """
-    return HypergradientDescent(estimator=Implicit(linear=Neumann(terms=terms, alpha=alpha), warm_start=False), **options)
+    return HypergradientDescent(
+        estimator=Implicit(linear=Neumann(terms=terms, alpha=alpha), warm_start=False), **options
+    )
 
 
 def amigo(lower_steps: int = 10, linear_steps: int = 10, **options: Any) -> HypergradientDescent:
