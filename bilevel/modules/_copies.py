@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _WeightNorm as FusedWeightNorm
-from torch.nn.utils.weight_norm import WeightNorm as FusedWeightNormHook
 
+from bilevel.modules._normalization import make_exact
 from bilevel.status import InvalidProblem
 
 
@@ -76,13 +75,7 @@ def working_copy(template: nn.Module, training: bool | None, commit_buffers: boo
     for part in working.modules():
         if isinstance(part, _NormBase) and part.training and not commit_buffers:
             part.track_running_stats = False
-        for key, hook in part._forward_pre_hooks.items():
-            if isinstance(hook, FusedWeightNormHook):
-                part._forward_pre_hooks[key] = _WeightNormHook(hook.name, hook.dim)
-        if isinstance(part, nn.utils.parametrize.ParametrizationList):
-            for index, step in enumerate(part):
-                if isinstance(step, FusedWeightNorm):
-                    part[index] = _WeightNorm(step.dim)
+    make_exact(working)
     return working
 
 
@@ -99,33 +92,3 @@ def _inner(module: nn.Module) -> nn.Module | None:
     wraps = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     inner = module.module if wraps else getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
-
-
-def _normalized(g: Tensor, v: Tensor, dim: int) -> Tensor:
-    # torch._weight_norm is fused for the first and the last dim, and its double backward is wrong there: Hessian-vector
-    # products in v are off by 36 % to 185 % (torch 2.13, CPU, float64, against differences of gradients).
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-@final
-class _WeightNorm(nn.Module):
-    """`weight = g v / ‖v‖` in plain operations."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        return _normalized(g, v, self.dim)
-
-
-@final
-class _WeightNormHook:
-    """The same as a hook that sets the weight before each call."""
-
-    def __init__(self, name: str, dim: int) -> None:
-        self.name, self.dim = name, dim
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        weight = _normalized(getattr(module, self.name + "_g"), getattr(module, self.name + "_v"), self.dim)
-        setattr(module, self.name, weight)

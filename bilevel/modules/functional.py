@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.modules._copies import attributes, snapshot, unwrapped, working_copy
+from bilevel.modules._normalization import refresh_singular_vectors
 from bilevel.status import InvalidProblem
 
 
@@ -26,7 +27,9 @@ def functional(module: nn.Module, commit_buffers: bool = False) -> FunctionalMod
     - BatchNorm in training mode uses the statistics of the batch and moves no running statistics; so it can be
       vectorized and differentiated twice. In evaluation mode it uses the running statistics.
     - Other buffers start each call as they are in the copy, so that a call leaves no trace in the next.
-    - Weight normalization is computed in plain operations: the fused kernel's second derivatives are wrong.
+    - Weight normalization is computed in plain operations: the second derivatives of torch's fused kernel are wrong.
+    - Spectral normalization divides by the largest singular value, in both modes: torch's running estimate of it is no
+      function of y, and hides second derivatives. So values differ from the module's by the error of its estimate.
     - Wrappers of `torch.compile` and data parallelism are taken off.
 
     Args:
@@ -88,11 +91,11 @@ class FunctionalModule:
                 "y is a dict like net.parameters()."
             )
         buffers = dict(zip(self._buffer_names, (buffer.clone() for buffer in self.source.buffers()), strict=True))
-        tensors = {**y, **buffers}
+        tensors, attributes_before = {**y, **buffers}, self._attributes
         try:
             output = torch.func.functional_call(self.working, tensors, inputs, options)
         finally:
-            for part, name, value in self._attributes:
+            for part, name, value in attributes_before:
                 setattr(part, name, value)
         if self.source is not self.template:
             with torch.no_grad():
@@ -131,7 +134,8 @@ class FunctionalModule:
     def module(self, y: Mapping[str, Tensor]) -> nn.Module:
         """Return a new module of the original class with copies of the values y, for inference or to be saved.
 
-        Parameters that were tied or frozen are so again; buffers and modes are those of this function.
+        Parameters that were tied or frozen are so again; buffers and modes are those of this function, except that
+        spectral normalizations get the singular vectors of the new weights.
         """
         result = copy.deepcopy(self.template)
         for part, like in zip(result.modules(), self.working.modules(), strict=True):
@@ -142,6 +146,7 @@ class FunctionalModule:
                     parameter.copy_(y[name])
             for buffer, current in zip(result.buffers(), self.source.buffers(), strict=True):
                 buffer.copy_(current)
+            refresh_singular_vectors(result)
         return result
 
     def summary(self) -> str:
