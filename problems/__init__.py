@@ -5,7 +5,17 @@ if __name__ != "bilevel.problems":
 
 from bilevel.problems._base import Task
 from bilevel.problems.analytic import quadratic, scalar
+from bilevel.problems.cleaning import clean, kept
+from bilevel.problems.hyper_cleaning import hyper_cleaning, hyper_cleaning_mlp, noisy_digits
+from bilevel.problems.imaml import imaml_quadratic
+from bilevel.problems.logistic_regression import logistic_regression
+from bilevel.problems.ridge import ridge
 
-ready = ("scalar", "quadratic")
+ready = (
+    "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
+)  # fmt: skip
 
-__all__ = ["Task", "quadratic", "ready", "scalar"]
+__all__ = [
+    "Task", "clean", "hyper_cleaning", "hyper_cleaning_mlp", "imaml_quadratic", "kept", "logistic_regression",
+    "noisy_digits", "quadratic", "ready", "ridge", "scalar",
+]  # fmt: skip

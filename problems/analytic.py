@@ -68,4 +68,6 @@ def quadratic(
         reference=reference,
     )
     start = torch.zeros(p, dtype=dtype, device=device)
-    return Task("quadratic", problem, start, torch.zeros(d, dtype=dtype, device=device), steps=300, source="closed form")
+    return Task(
+        "quadratic", problem, start, torch.zeros(d, dtype=dtype, device=device), steps=300, source="closed form"
+    )
