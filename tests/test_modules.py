@@ -272,6 +272,16 @@ def test_tied_parameters_are_one():
     assert isinstance(exported.decode.weight, nn.Parameter)
 
 
+def test_tied_buffers_are_one():
+    net = nn.ModuleList([Buffered(), Buffered()]).double()
+    net[1].count = net[0].count
+    chain = nn.Sequential(*net)
+    expected = copy.deepcopy(chain)(draw(5, 3))
+    pure = functional(chain)
+    assert torch.equal(pure(pure.parameters(), draw(5, 3)), expected)
+    assert float(chain[0].count) == 0.0
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_exported_module_gives_the_same_values(name):
     make, shape = MODULES[name]

@@ -93,7 +93,7 @@ class FunctionalModule:
         buffers = dict(zip(self._buffer_names, (buffer.clone() for buffer in self.source.buffers()), strict=True))
         tensors, attributes_before = {**y, **buffers}, self._attributes
         try:
-            output = torch.func.functional_call(self.working, tensors, inputs, options)
+            output = torch.func.functional_call(self.working, tensors, inputs, options, tie_weights=self._has_ties)
         finally:
             for part, name, value in attributes_before:
                 setattr(part, name, value)
@@ -167,6 +167,12 @@ class FunctionalModule:
     @cached_property
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.template.named_parameters() if parameter.requires_grad}
+
+    @cached_property
+    def _has_ties(self) -> bool:
+        # Looking for ties at each call would cost a sixth of it in a deep narrow net.
+        buffers = [name for name, _ in self.template.named_buffers(remove_duplicate=False)]
+        return bool(self.tied) or len(buffers) > len(self._buffer_names)
 
     @cached_property
     def _buffer_names(self) -> list[str]:
