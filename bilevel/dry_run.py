@@ -243,7 +243,8 @@ def _check_effective(oracles: Oracles, x: Tensor, y: Tensor, size: Tensor) -> No
                 xs = leaves_of(oracles.x_layout, moved)
                 again = gradients([oracles.call(level, 0, xs, leaves_of(oracles.y_layout, y)).sum()], xs)
             flat = again[oracles.x_layout.names.index(name)]
-            if bool(here.detach() != there.detach()) and (flat is None or not bool((flat != 0).any())):
+            differs = bool((here != there) & there.isfinite())
+            if differs and (flat is None or not bool((flat != 0).any())):
                 warnings.warn(
                     f"x's leaf '{name}' changes the {level} objective but its gradient is zero (round, argmax, "
                     "comparison?); use a smooth relaxation, or search over it from outside.",

@@ -22,6 +22,7 @@ from bilevel.status import BilevelError, Diverged, InvalidProblem, LinearSolveFa
 
 OnNonFinite: TypeAlias = Literal["raise", "skip", "backtrack"]
 BACKTRACKS = 10
+RUNAWAY = 1e3
 RECORDED = 256
 
 
@@ -50,7 +51,7 @@ def solve(
         x0: upper start, a Tensor or nested Tensors; never changed.
         y0: lower start; `problem.lower_init(x0)` if None.
         steps: upper steps to make, >= 0.
-        tol: stop when `‖x - P(x - h)‖ <= tol`, with the hypergradient h and the projection P on the upper set. 0: never.
+        tol: stop when `‖x - P(x - h)‖ <= tol`, h the hypergradient, P the projection on the upper set. 0: never.
         max_seconds: stop after the step that exceeds this wall time.
         max_gradients: stop after the step at which gradients + HVPs + cross products exceed this.
         callbacks: called after each step with an `Event`; one that returns True stops the solve.
@@ -58,7 +59,8 @@ def solve(
         seed: of batches and of randomness inside the objectives.
         on_nonfinite: what a value that is not finite does: "raise" NonFinite, "skip" the upper step (the next one sees
             the next batch), or "backtrack": go back to the last good point and repeat its step at half the length, at
-            most ten times in a row. What is not finite never replaces the last good x and y.
+            most ten times in a row (also where the lower level diverges, or the stationarity grows a thousandfold).
+            What is not finite never replaces the last good x and y.
         resume: go on from a solution of the same problem and solver; x0 and y0 then only give structure.
         throw: raise the failure instead of returning it as a status.
 
@@ -80,14 +82,18 @@ def solve(
     previous, halvings = None, 0
     with Bar(steps, progress) as bar:
         while state.step < last and run.status is None:
+            after, trouble = None, None
             try:
                 after = solver.step(oracles, state)
-                trouble = _trouble(oracles, state, after)
-            except NonFinite as error:
-                after, trouble = None, str(error)
-            except (LinearSolveFailed, Diverged) as error:
-                run.end(error.status if isinstance(error, LinearSolveFailed) else Status.DIVERGED, str(error))
+                trouble = _trouble(oracles, after) or run.runaway(after, on_nonfinite)
+            except LinearSolveFailed as error:
+                run.end(error.status, str(error))
                 break
+            except (NonFinite, Diverged) as error:
+                if isinstance(error, Diverged) and on_nonfinite != "backtrack":
+                    run.end(Status.DIVERGED, str(error))
+                    break
+                trouble = str(error)
             if trouble and on_nonfinite == "backtrack" and halvings < BACKTRACKS:
                 # What is bad where it was evaluated was reached by too long a step: take that step again, shorter.
                 reached_bad_x = after is not None and not after.x.isfinite().all()
@@ -100,18 +106,19 @@ def solve(
             elif trouble:
                 hint = "on_nonfinite='skip' or 'backtrack' would go on."
                 raise NonFinite(f"{trouble} (upper step {state.step}); {hint}", last_good=run.nested(previous or state))
-            else:
-                row = run.record(state, after)
-                previous, state, halvings = state, after, 0 if state.step > len(run.history) - 1 else halvings
-                bar.show(row)
-                event = Event(state.step, *run.nested(state), row, state)
-                stopped = any([callback(event) for callback in callbacks])
-                run.judge(row, tol, max_seconds, max_gradients, stopped=stopped)
+            elif after is not None:
+                previous, state = state, after
+                if state.step > run.furthest:  # a step taken again was seen, and shown, when it was first taken
+                    halvings, row = 0, run.record(previous, state)
+                    bar.show(row)
+                    event = Event(state.step, *run.nested(state), row, state)
+                    answers = [callback(event) for callback in callbacks]
+                    run.judge(row, tol, max_seconds, max_gradients, stopped=any(answers))
     return run.finish(solver, state, tol, throw)
 
 
-def _trouble(oracles: Oracles, before: Any, after: Any) -> str | None:
-    """Say what is not finite after a step, or has jumped; None if all is well."""
+def _trouble(oracles: Oracles, after: Any) -> str | None:
+    """Say what is not finite after a step, None if all is well."""
     metrics = after.metrics
     checks = {
         "the upper objective is": metrics.upper_value,
@@ -143,8 +150,8 @@ def _resumed(resume: Solution, x: Tensor, y: Tensor) -> Any:
     for name, now, then in (("x", x, state.x), ("y", y, state.y)):
         if now.shape != then.shape or now.dtype != then.dtype:
             raise InvalidProblem(
-                f"cannot resume: {name} has {tuple(now.shape)} entries of {now.dtype}, the solution {tuple(then.shape)} of "
-                f"{then.dtype}."
+                f"cannot resume: {name} has shape {tuple(now.shape)} and {now.dtype}, the solution's "
+                f"{tuple(then.shape)} and {then.dtype}."
             )
     return state
 
@@ -164,6 +171,16 @@ class _Run:
 
     def nested(self, state: Any) -> tuple[Variables, Variables]:
         return self.oracles.x_layout.unflatten(state.x), self.oracles.y_layout.unflatten(state.y)
+
+    @property
+    def furthest(self) -> int:
+        return self.history["step"][-1] if len(self.history) else -1
+
+    def runaway(self, after: Any, on_nonfinite: OnNonFinite) -> str | None:
+        if on_nonfinite != "backtrack" or len(self.history) == 0:
+            return None
+        first, now = self.history["stationarity"][0], float(after.metrics.stationarity)
+        return f"the stationarity went from {first:.3g} to {now:.3g}" if now > RUNAWAY * first > 0 else None
 
     def end(self, status: Status, message: str) -> None:
         self.status, self.message = status, message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -97,7 +98,7 @@ class Estimator(ABC):
         *,
         upper_step: int = 0,
         lower_step: int = 0,
-        step_diagonal: Tensor | None = None,
+        step_diagonal: Callable[[], Tensor] | None = None,
         certify: bool = False,
     ) -> tuple[Estimate, Any]:
         """Return the hypergradient at `(x, y)` and the next state.
@@ -109,6 +110,6 @@ class Estimator(ABC):
             state: what `init` or the last `estimate` returned.
             upper_step: which upper batch.
             lower_step: which lower batch.
-            step_diagonal: of the lower optimizer, for linear solvers that use it (SAMA).
+            step_diagonal: () -> that of the lower optimizer, for linear solvers that use it (SAMA).
             certify: whether to estimate the error, which costs about as much again.
         """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch import Tensor
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
 from bilevel.linear import CG, LinearSolution, LinearSolver, Operator
 from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
-from bilevel.status import InvalidProblem, LinearSolveFailed, Status
+from bilevel.status import InvalidProblem, LinearSolveFailed, NonFinite, Status
 
 TINY = 1e-30
 MARGIN = 1.25
-FAILURES = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN, Status.NON_FINITE}
+REMEASURE = 10
+FAILURES = {Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.DIVERGED, Status.BREAKDOWN}
 
 
 class ImplicitState(NamedTuple):
@@ -26,10 +28,15 @@ class ImplicitState(NamedTuple):
         w: the last solution of the linear system, None before the first.
         shift: by how much the linear system moves for each unit of lower gradient, from the last certificate; None
             before the first.
+        largest: the largest curvature, for linear solvers whose step length depends on it; measured again every
+            `REMEASURE` estimates.
+        age: estimates made.
     """
 
     w: Tensor | None
     shift: Tensor | None
+    largest: Tensor | None
+    age: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Implicit(Estimator):
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ImplicitState:
         """Return the state without a warm start."""
-        return ImplicitState(None, None)
+        return ImplicitState(None, None, None, 0)
 
     def estimate(
         self,
@@ -85,30 +92,30 @@ class Implicit(Estimator):
         *,
         upper_step: int = 0,
         lower_step: int = 0,
-        step_diagonal: Tensor | None = None,
+        step_diagonal: Callable[[], Tensor] | None = None,
         certify: bool = False,
     ) -> tuple[Estimate, ImplicitState]:
         """Return the hypergradient at `(x, y)`; see `Estimator.estimate`.
 
         Raises:
             LinearSolveFailed: the linear solve failed, unless `truncate`.
+            NonFinite: an objective or a derivative is not finite.
         """
         before = oracles.counts
-        point = _Point.at(oracles, x, y, upper_step, lower_step, step_diagonal)
-        delta = self._newton_step(point) if self.polish else None
-        if delta is not None:
-            point = _Point.at(oracles, x, y - delta, upper_step, lower_step, step_diagonal)
+        if self.polish:
+            lower = oracles.linearize_lower(x, y, lower_step)
+            y = y - self.check.solve(_operator(lower), lower.gradient).value
+        known = state.largest if state.age % REMEASURE else None
+        point = _Point.at(oracles, x, y, upper_step, lower_step, step_diagonal=step_diagonal, largest=known)
         start = state.w if self.warm_start else None
         solution = self.linear.solve(point.operator, point.upper.y, start, tol=self._balanced_tol(point, state))
-        self._judge(solution, upper_step)
+        self._judge(solution, point, upper_step)
         gradient = point.hypergradient(solution.value)
         error, shift = self._estimate_error(oracles, point, solution, gradient) if certify else (None, state.shift)
         certificate = self._certificate(point, solution, error, oracles.counts - before)
         estimate = Estimate(gradient, point.upper.value, point.lower.value, point.y, certificate)
-        return estimate, ImplicitState(solution.value, shift)
-
-    def _newton_step(self, point: _Point) -> Tensor:
-        return self.check.solve(point.operator, point.lower.gradient).value
+        largest = solution.curvature[1] if known is None and solution.curvature is not None else known
+        return estimate, ImplicitState(solution.value, shift, largest, state.age + 1)
 
     def _balanced_tol(self, point: _Point, state: ImplicitState) -> float | None:
         if not self.balance or state.shift is None:
@@ -116,7 +123,12 @@ class Implicit(Estimator):
         tol = float(state.shift * point.lower.gradient.norm() / point.upper.y.norm().clamp_min(TINY))
         return min(max(tol, 1e-12), 0.1)
 
-    def _judge(self, solution: LinearSolution, step: int) -> None:
+    def _judge(self, solution: LinearSolution, point: _Point, step: int) -> None:
+        if solution.status is Status.NON_FINITE:
+            raise NonFinite(
+                f"the linear system of the hypergradient is not finite at upper step {step}: the upper objective is "
+                f"{float(point.upper.value):.3g}, the lower {float(point.lower.value):.3g}; shorten the steps."
+            )
         residual = float(solution.residual.max())
         hopeless = solution.status is Status.STEP_LIMIT and residual > 0.5
         if solution.status not in FAILURES and not hopeless:
@@ -144,7 +156,7 @@ class Implicit(Estimator):
         """
         tol = self._aim(solution)
         delta = self.check.solve(point.operator, point.lower.gradient, tol=tol)
-        near = _Point.at(oracles, point.x, point.y - delta.value, point.upper_step, point.lower_step, None)
+        near = _Point.at(oracles, point.x, point.y - delta.value, point.upper_step, point.lower_step)
         residual = point.upper.y - point.lower.hvp(solution.value)
         moved_residual = near.upper.y - near.lower.hvp(solution.value)
         correction = self.check.solve(near.operator, moved_residual, tol=tol)
@@ -153,7 +165,7 @@ class Implicit(Estimator):
         error = MARGIN * (better - gradient).norm() / (1 - undone.clamp(0.0, 0.9))
         # A number of norm h carries a rounding error of a few eps h, whatever the corrections say.
         error = error + 10 * torch.finfo(gradient.dtype).eps * gradient.norm()
-        if delta.status in FAILURES or correction.status in FAILURES:
+        if delta.status in FAILURES or correction.status in FAILURES or not bool(error.isfinite()):
             error = torch.full_like(error, math.inf)
         # The lower solve's inaccuracy shifts the linear system by this much for each unit of lower gradient.
         shift = (moved_residual - residual).norm() / point.lower.gradient.norm().clamp_min(TINY)
@@ -195,19 +207,16 @@ class _Point:
     operator: Operator
 
     @classmethod
-    def at(
-        cls, oracles: Oracles, x: Tensor, y: Tensor, upper_step: int, lower_step: int, step_diagonal: Tensor | None
-    ) -> _Point:
+    def at(cls, oracles: Oracles, x: Tensor, y: Tensor, upper_step: int, lower_step: int, **known: Any) -> _Point:
         upper = oracles.upper_gradient(x, y, upper_step)
         lower = oracles.linearize_lower(x, y, lower_step)
-        operator = Operator(
-            apply=lower.hvp,
-            apply_many=lower.hvps,
-            diagonal=lower.diagonal,
-            gradients=lower.sample_gradients,
-            step_diagonal=step_diagonal,
-        )
-        return cls(x, y, upper_step, lower_step, upper, lower, operator)
+        return cls(x, y, upper_step, lower_step, upper, lower, _operator(lower, **known))
 
     def hypergradient(self, w: Tensor) -> Tensor:
         return self.upper.x - self.lower.cross(w)
+
+
+def _operator(lower: Linearization, **known: Any) -> Operator:
+    return Operator(
+        apply=lower.hvp, apply_many=lower.hvps, diagonal=lower.diagonal, gradients=lower.sample_gradients, **known
+    )

@@ -24,7 +24,8 @@ class Operator:
         apply_many: V -> A V for k vectors at once, `[k, d] -> [k, d]` or `[k, m, d] -> [k, m, d]`; a loop if not given.
         diagonal: a part D >= 0 of A = B + diag(D) that is known exactly, `[d]` or `[m, d]`.
         gradients: k -> G, k sampled gradients `[k, d]` or `[k, m, d]` of the objective whose Hessian A is.
-        step_diagonal: the diagonal of d(optimizer step)/d(gradient), `[d]` or `[m, d]`.
+        step_diagonal: () -> the diagonal of d(optimizer step)/d(gradient), `[d]` or `[m, d]`; called where needed.
+        largest: the largest curvature of any row, if a recent estimate is at hand, `[]`; saves estimating it again.
         apply_transpose: v -> A^T v, shaped like `apply`; None declares A symmetric.
     """
 
@@ -32,7 +33,8 @@ class Operator:
     apply_many: Callable[[Tensor], Tensor] | None = None
     diagonal: Tensor | None = None
     gradients: Callable[[int], Tensor] | None = None
-    step_diagonal: Tensor | None = None
+    step_diagonal: Callable[[], Tensor] | None = None
+    largest: Tensor | None = None
     apply_transpose: Callable[[Tensor], Tensor] | None = None
 
     def many(self, vectors: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class Neumann(LinearSolver):
 
     Args:
         terms: >= 0, terms beyond the first.
-        alpha: > 0, units of 1 / A; None estimates L in each row and takes 1 / (1.05 L).
+        alpha: > 0, units of 1 / A; None takes 1 / (1.05 L), with the operator's
+            `largest` for L if it has one, else an estimate in each row.
         damping: >= 0, units of A.
         tol: >= 0, stop a row where ‖b - A w‖ <= tol ‖b‖.
         check: spend the one product that gives the residual after the last term; without it the residual is reported
@@ -90,7 +91,7 @@ class Neumann(LinearSolver):
         """Solve; see `LinearSolver.solve`."""
         b, x0 = at_door("Neumann", b, x0)
         products, size = Products(operator, self.damping), norm(b)
-        alpha, low, high = self._step_length(products, b)
+        alpha, low, high = self._step_length(products, b, operator.largest)
         w_start, v_start = start(products, b, x0)
         target = (self.tol if tol is None else tol) * size
         eps = 10 * torch.finfo(b.dtype).eps
@@ -126,14 +127,16 @@ class Neumann(LinearSolver):
         codes = mark(codes, low < -eps * high.abs(), Status.NEGATIVE_CURVATURE)
         return self._report(products, b, w, v, codes, low, high, step)
 
-    def _step_length(self, products: Products, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step_length(self, products: Products, b: Tensor, largest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return α of each row, and the curvature of A + damping seen on the way (none: nan)."""
+        unknown = torch.full_like(norm(b), torch.nan)
         if self.alpha is not None:
-            unknown = torch.full_like(norm(b), torch.nan)
             return torch.full_like(unknown, self.alpha), unknown, unknown
+        if largest is not None:
+            return torch.ones_like(unknown) / (1.05 * (largest + self.damping)), unknown, unknown
         low, high = ritz_range(products, random_signs(b, self.seed), self.estimate_steps)
-        largest = torch.maximum(low.abs(), high.abs())
-        return torch.where((largest > 0) & largest.isfinite(), 1 / (1.05 * largest), 1.0), low, high
+        found = torch.maximum(low.abs(), high.abs())
+        return torch.where((found > 0) & found.isfinite(), 1 / (1.05 * found), 1.0), low, high
 
     def _report(
         self, products: Products, b: Tensor, w: Tensor, v: Tensor, codes: Tensor, low: Tensor, high: Tensor, steps: int

@@ -34,7 +34,7 @@ class Sama(LinearSolver):
     Example:
         >>> import torch
         >>> from bilevel.linear import Operator, Sama
-        >>> operator = Operator(lambda v: 2 * v, step_diagonal=torch.tensor([0.5, -0.1]))
+        >>> operator = Operator(lambda v: 2 * v, step_diagonal=lambda: torch.tensor([0.5, -0.1]))
         >>> Sama().solve(operator, torch.ones(2)).value
         tensor([0.5000, 0.0000])
     """
@@ -55,6 +55,6 @@ class Sama(LinearSolver):
             "Sama: the operator has no step_diagonal; use a lower optimizer that gives one, or Identity.",
         )
         assert operator.step_diagonal is not None
-        value = operator.step_diagonal.detach().clamp_min(0).to(b.dtype) * b
+        value = operator.step_diagonal().detach().clamp_min(0).to(b.dtype) * b
         tol = self.tol if tol is None else tol
         return approximation(Products(operator), b, value, tol=tol, check=self.check)

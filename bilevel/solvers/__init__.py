@@ -1,4 +1,4 @@
-"""Solvers: one published method, one file (or one constructor). `__all__` is what contract tests, CLI and docs iterate."""
+"""Solvers. `__all__` is what contract tests, the command line and the docs iterate."""
 
 from bilevel.solvers.hypergradient_descent import HypergradientDescent
 from bilevel.solvers.published import amigo, imaml, implicit, neumann, nystrom

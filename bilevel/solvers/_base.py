@@ -40,7 +40,7 @@ S = TypeVar("S")
 
 
 class Solver(ABC, Generic[S]):
-    """Minimizes a bilevel problem by steps. Implementations are final frozen dataclasses, the class facts say for what."""
+    """Minimizes a bilevel problem by steps. Implementations are frozen dataclasses."""
 
     needs_hvp: ClassVar[bool] = True
     handles_constraints: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Solver(ABC, Generic[S]):
         if constrained and not self.handles_constraints:
             part = "lower_set" if problem.lower_set is not None else "constraint"
             raise InvalidProblem(
-                f"{name} does not handle Problem({part}=...): its hypergradient holds at interior lower solutions only. "
+                f"{name} does not handle Problem({part}=...): its hypergradient holds at interior solutions only. "
                 "Use a solver whose handles_constraints is True, or move the constraint into the lower objective as a "
                 "penalty."
             )

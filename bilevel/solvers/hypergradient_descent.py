@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,8 +15,8 @@ from bilevel.hypergradients._base import Certificate, Estimate, Estimator
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import Operator
 from bilevel.linear.curvature import largest_curvature
-from bilevel.oracles import Oracles
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
+from bilevel.oracles import Oracles
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import Diverged, InvalidProblem, NonFinite, Status
 
@@ -59,7 +61,8 @@ class HypergradientDescent(Solver[DescentState]):
             of the linear solves.
         lower_steps: lower steps before each upper step (for LBFGS: at most so many iterations).
         estimator: of the hypergradient.
-        restart_lower: start every lower solve from `problem.lower_init(x)` instead of the last y.
+        restart_lower: start every lower solve from `problem.lower_init(x)` instead of the last y. None: where the
+            problem has a lower_init.
         clip_norm: scale longer hypergradients down to this Euclidean norm.
         certify_every: certify every so many steps (0: never). A certificate costs about two hypergradients.
 
@@ -83,7 +86,7 @@ class HypergradientDescent(Solver[DescentState]):
     lower: Optimizer[Any] | LBFGS | None = None
     lower_steps: int = 20
     estimator: Estimator = field(default_factory=Implicit)
-    restart_lower: bool = False
+    restart_lower: bool | None = False
     clip_norm: float | None = None
     certify_every: int = 0
 
@@ -102,7 +105,7 @@ class HypergradientDescent(Solver[DescentState]):
             raise InvalidProblem("restart_lower=True needs Problem(lower_init=...) to say where to restart.")
         lower = self._lower(oracles)
         largest = None
-        if isinstance(lower, SGD) and lower.lr is None:
+        if isinstance(lower, Optimizer) and lower.needs_lr:
             linearization = oracles.linearize_lower(x, y)
             largest = largest_curvature(Operator(linearization.hvp, diagonal=linearization.diagonal), y)
         return DescentState(
@@ -161,7 +164,7 @@ class HypergradientDescent(Solver[DescentState]):
         return LBFGS() if oracles.problem.deterministic_lower else SGD(lr=None)
 
     def _estimate(
-        self, oracles: Oracles, state: DescentState, y: Tensor, diagonal: Tensor | None, certify: bool
+        self, oracles: Oracles, state: DescentState, y: Tensor, diagonal: Callable[[], Tensor] | None, certify: bool
     ) -> tuple[Estimate, Any]:
         return self.estimator.estimate(
             oracles,
@@ -174,24 +177,24 @@ class HypergradientDescent(Solver[DescentState]):
             certify=certify,
         )
 
-    def _solve_lower(self, oracles: Oracles, state: DescentState) -> tuple[Tensor, Any, Tensor | None]:
-        """Return y after the lower steps, the lower optimizer's state, and the diagonal of its last step."""
+    def _solve_lower(self, oracles: Oracles, state: DescentState) -> tuple[Tensor, Any, Callable[[], Tensor] | None]:
+        """Return y after the lower steps, the lower optimizer's state, and () -> the diagonal of its last step."""
         lower, y = self._lower(oracles), state.y
-        if self.restart_lower and oracles.problem.lower_init is not None:
+        if self.restart_lower is not False and oracles.problem.lower_init is not None:
             y = oracles.y_layout.flatten(oracles.problem.lower_init(oracles.x_layout.unflatten(state.x)))
         if isinstance(lower, LBFGS):
             return self._minimize(oracles, lower, state, y), None, None
-        if isinstance(lower, SGD) and lower.lr is None:
+        if isinstance(lower, Optimizer) and lower.needs_lr:
             # 5 % below the limit of safe descent: Ritz values approach the largest curvature from below.
             assert state.largest is not None
-            lower = replace(lower, lr=0.95 / state.largest)
+            lower = lower.with_lr(0.95 / state.largest)
         x, optimizer_state, values = oracles.x_layout.unflatten(state.x), state.lower, []
-        diagonal = None
+        diagonal: Callable[[], Tensor] | None = None
         for k in range(self.lower_steps):
             value, gradient = oracles.lower_gradient(state.x, y, state.lower_step + k)
             values.append(value)
             if k == self.lower_steps - 1:
-                diagonal = lower.sensitivity(gradient, optimizer_state, x)
+                diagonal = partial(lower.sensitivity, gradient, optimizer_state, x, y)
             y, optimizer_state = lower.update(y, gradient, optimizer_state, x)
         _check_descent(oracles, y, values, state.step, deterministic=oracles.problem.deterministic_lower)
         return y, optimizer_state, diagonal
@@ -204,8 +207,8 @@ class HypergradientDescent(Solver[DescentState]):
             raise NonFinite(f"the lower objective is not finite at upper step {state.step}, wherever L-BFGS looked.")
         if minimum.status is Status.DIVERGED:
             raise Diverged(
-                f"the lower objective falls to {float(minimum.value):.3g} at upper step {state.step} and may be unbounded "
-                "below; bound it with a regularizer (bilevel.L2), or restrict x (upper_set)."
+                f"the lower objective falls to {float(minimum.value):.3g} at upper step {state.step} and may be "
+                "unbounded below; bound it with a regularizer (bilevel.L2), or restrict x (upper_set)."
             )
         return minimum.y
 
@@ -213,7 +216,8 @@ class HypergradientDescent(Solver[DescentState]):
         # A non-finite entry must reach the loop as it is: clipping would spread it over all entries.
         if self.clip_norm is None or not bool(h.isfinite().all()):
             return h
-        return h * (self.clip_norm / h.norm().clamp_min(self.clip_norm))
+        clipped: Tensor = h * (self.clip_norm / h.norm().clamp_min(self.clip_norm))
+        return clipped
 
 
 def _followed(largest: Tensor | None, certificate: Certificate) -> Tensor | None:
@@ -256,6 +260,6 @@ def _check_descent(oracles: Oracles, y: Tensor, values: list[Tensor], step: int,
     rising = deterministic and len(tail) > RISING and all(a < b for a, b in pairwise(tail))
     if trace[-1] > RUNAWAY * scale or rising:
         raise Diverged(
-            f"the lower objective went from {trace[0]:.3g} to {trace[-1]:.3g} within the lower steps of upper step {step}; "
-            "multiply the lower lr by 0.1 (SGD(lr=None) measures a safe one)."
+            f"the lower objective went from {trace[0]:.3g} to {trace[-1]:.3g} within the lower steps of upper step "
+            f"{step}; multiply the lower lr by 0.1 (SGD(lr=None) measures a safe one)."
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
-from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
+from bilevel.optimizers import SGD
 from bilevel.solvers.hypergradient_descent import HypergradientDescent
 
 
@@ -68,8 +68,8 @@ def amigo(lower_steps: int = 10, linear_steps: int = 10, **options: Any) -> Hype
 def imaml(lower_steps: int = 16, linear_steps: int = 5, **options: Any) -> HypergradientDescent:
     """Implicit MAML: few gradient steps on a proximally regularized task, then few CG steps.
 
-    State the proximal term `lambda / 2 ‖y - x‖^2` in the lower objective, several tasks as `Problem(blocks=...)`, and the
-    start of adaptation as `lower_init`; with one, every step restarts there, as in the paper.
+    State the proximal term `lambda / 2 ‖y - x‖^2` in the lower objective, several tasks as `Problem(blocks=...)`, and
+    the start of adaptation as `lower_init`: with one, every step restarts there, as in the paper.
 
     Args:
         lower_steps: gradient steps of each adaptation (16 in the paper's Omniglot runs).
@@ -80,6 +80,7 @@ def imaml(lower_steps: int = 16, linear_steps: int = 5, **options: Any) -> Hyper
         Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", NeurIPS 2019 (Algorithms 1 and 2).
     """
     lower = options.pop("lower", SGD(lr=None))
+    options.setdefault("restart_lower", None)
     estimator = Implicit(linear=CG(max_steps=linear_steps))
     return HypergradientDescent(lower=lower, lower_steps=lower_steps, estimator=estimator, **options)
 

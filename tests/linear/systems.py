@@ -40,7 +40,7 @@ def operator(A: Tensor, *, symmetric: bool = True) -> Operator:
         apply=lambda v: times(A, v),
         diagonal=0.5 * torch.linalg.eigvalsh(A)[..., :1].clamp_min(0).expand(A.shape[:-1]) if symmetric else None,
         gradients=None if factor is None else lambda k: (k**0.5 * factor).to(A.dtype).movedim(-2, 0)[:k],
-        step_diagonal=0.3 * torch.ones(A.shape[:-1], dtype=A.dtype),
+        step_diagonal=lambda: 0.3 * torch.ones(A.shape[:-1], dtype=A.dtype),
         apply_transpose=None if symmetric else lambda v: times(A.mT, v),
     )
 

@@ -354,7 +354,7 @@ def test_many_entries_need_no_square_matrix(solver):
     d = 300_000
     scale = torch.linspace(1, 2, d)
     big = Operator(
-        lambda v: scale * v, diagonal=scale, gradients=lambda k: torch.ones(k, d), step_diagonal=torch.ones(d)
+        lambda v: scale * v, diagonal=scale, gradients=lambda k: torch.ones(k, d), step_diagonal=lambda: torch.ones(d)
     )
     limit = {"terms": 5} if isinstance(solver, Neumann) else {"max_steps": 5} if hasattr(solver, "max_steps") else {}
     solution = dataclasses.replace(solver, **limit).solve(big, torch.ones(d))

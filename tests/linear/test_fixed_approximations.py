@@ -97,13 +97,13 @@ def test_an_approximation_that_happens_to_be_right_has_converged():
 
 def test_sama_is_the_clamped_step_diagonal():
     D, b = torch.tensor([0.5, -0.2, 0.0, 2.0]).double(), normal(4)
-    solution = Sama().solve(Operator(lambda v: v, step_diagonal=D), b)
+    solution = Sama().solve(Operator(lambda v: v, step_diagonal=lambda: D), b)
     torch.testing.assert_close(solution.value, D.clamp_min(0) * b)
     assert solution.status is Status.APPROXIMATE
-    blind = Sama(check=False).solve(Operator(lambda v: v, step_diagonal=D), b)
+    blind = Sama(check=False).solve(Operator(lambda v: v, step_diagonal=lambda: D), b)
     assert torch.equal(blind.value, solution.value)
     assert blind.products == 0
-    assert Sama(tol=10.0).solve(Operator(lambda v: v, step_diagonal=D), b).status is Status.CONVERGED
+    assert Sama(tol=10.0).solve(Operator(lambda v: v, step_diagonal=lambda: D), b).status is Status.CONVERGED
 
 
 def test_sama_needs_a_step_diagonal():
