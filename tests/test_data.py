@@ -72,9 +72,9 @@ def test_batch_is_a_pure_function_of_step_and_seed(name):
     forward = {(step, seed): source.batch(step, seed) for seed in (0, 1) for step in range(12)}
     calls = [*forward, *forward]
     random.Random(0).shuffle(calls)
-    torch.rand(3)
     scrambled = make()
     for step, seed in calls:
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
         assert same(scrambled.batch(step, seed), forward[step, seed]), (step, seed)
     assert same(make().batch(11, 1), forward[11, 1])
     if source.deterministic:
@@ -312,6 +312,20 @@ def test_epochs_of_a_loader_differ_and_cover():
     epochs = [torch.cat([source.batch(2 * epoch + i, 0)[0] for i in range(2)]).tolist() for epoch in range(2)]
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+
+
+def test_augmentation_differs_from_batch_to_batch():
+    source = SOURCES["augmented"]()
+    noise = torch.cat([source.batch(step, 0)[:, 1:] for step in range(8)])
+    assert all(len(column.unique()) == len(noise) for column in noise.T)
+
+
+def test_an_empty_batch_is_told_each_time():
+    source = Loader([X, X[:0]])
+    source.batch(0, 0)
+    for _ in range(2):
+        with pytest.raises(DataExhausted, match="empty batch"):
+            source.batch(1, 0)
 
 
 def test_workers_give_pure_batches():

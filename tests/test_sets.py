@@ -141,6 +141,7 @@ def test_extreme_sizes_in_float32():
     huge = torch.tensor([3e30, 4e30])
     assert torch.allclose(Ball(5.0).project(huge), torch.tensor([3.0, 4.0]))
     assert torch.allclose(Simplex().project(torch.tensor([1e8, 1e8])), torch.tensor([0.5, 0.5]))
+    assert torch.allclose(Simplex().project(torch.full((7,), 123456784.0)), torch.full((7,), 1 / 7))
     many = draw(200_000, dtype=torch.float32)
     assert abs(float(Simplex().project(many).double().sum()) - 1) < 1e-5
     assert torch.equal(Simplex(total=0.25).project(torch.tensor([inf, 0.0])).isnan().any(), torch.tensor(True))
