@@ -49,14 +49,19 @@ def parse_solvers(text: str) -> dict[str, Solver[Any]]:
         assert isinstance(tree, ast.List)
         return {ast.unparse(node).replace(" ", ""): _solver(node) for node in tree.elts}
     except (SyntaxError, ValueError) as error:
-        raise InvalidProblem(f"cannot read solvers {text!r}: {error}. Write e.g. 'implicit,neumann(terms=3)'.") from error
+        raise InvalidProblem(
+            f"cannot read solvers {text!r}: {error}. Write e.g. 'implicit,neumann(terms=3)'."
+        ) from error
 
 
 def _solver(node: ast.expr) -> Solver[Any]:
     name = node.func if isinstance(node, ast.Call) else node
     if not isinstance(name, ast.Name) or name.id not in solvers.__all__:
         raise InvalidProblem(f"no solver {ast.unparse(name)!r}; there are {', '.join(solvers.__all__)}.")
-    options = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg} if isinstance(node, ast.Call) else {}
+    keywords = node.keywords if isinstance(node, ast.Call) else []
+    if (isinstance(node, ast.Call) and node.args) or any(keyword.arg is None for keyword in keywords):
+        raise InvalidProblem(f"solver {ast.unparse(node)!r}: name each option, as in neumann(terms=3).")
+    options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
     try:
         made: Solver[Any] = getattr(solvers, name.id)(**options)
     except TypeError as error:

@@ -83,7 +83,9 @@ class Session:
         """
         loaded = unpack(state["state"])
         if type(loaded) is not type(self._state):
-            raise InvalidProblem(f"the state is a {type(loaded).__name__}, this solver's a {type(self._state).__name__}.")
+            raise InvalidProblem(
+                f"the state is a {type(loaded).__name__}, this solver's a {type(self._state).__name__}."
+            )
         for name in ("x", "y"):
             now, then = getattr(self._state, name), getattr(loaded, name)
             if now.shape != then.shape or now.dtype != then.dtype:

@@ -1,0 +1,123 @@
+"""The command line, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilevel
+from bilevel import InvalidProblem, cli
+from bilevel.compare import compare, spread
+from bilevel.problems import Task
+from bilevel.report import table, write_json
+
+
+def test_list_names_problems_and_solvers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in (*bilevel.solvers.__all__, *(ready.replace("_", "-") for ready in bilevel.problems.ready)):
+        assert name in out
+
+
+def test_run_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.json"
+    code = cli.main(["run", "quadratic", "--solver", "neumann(terms=5)", "--steps", "4", "--json", str(file)])
+    assert code == 0
+    assert "after 4 steps" in capsys.readouterr().out
+    document = json.loads(file.read_text())
+    (row,) = document["rows"]
+    assert row["solver"] == "neumann(terms=5)"
+    assert {"problem", "seed", "upper_value", "x_error", "seconds", "gradients", "hvps", "status"} <= set(row)
+    assert {"processor", "cores", "torch", "python", "commit"} <= set(document["meta"])
+
+
+def test_compare_gives_rows_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "compare.json"
+    arguments = ["compare", "quadratic", "--solvers", "implicit,amigo", "--seeds", "2", "--steps", "3"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["solver"], row["seed"]) for row in rows] == [
+        ("implicit", 0),
+        ("amigo", 0),
+        ("implicit", 1),
+        ("amigo", 1),
+    ]
+    assert "±" in capsys.readouterr().out
+
+
+def test_a_refusal_is_a_row_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", "scalar", "--solvers", "nystrom,implicit", "--steps", "2"]) == 0
+    captured = capsys.readouterr()
+    assert "InvalidProblem" in captured.out
+    assert "completed" in captured.out
+    assert "rank" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing"], "no problem 'nothing'; there are"),
+        (["run", "quadratic", "--solver", "magic"], "no solver 'magic'; there are"),
+        (["run", "quadratic", "--solver", "implicit(speed=3)"], "speed"),
+        (["run", "quadratic", "--solver", "implicit(linear=__import__('os'))"], "cannot read solvers"),
+        (["run", "quadratic", "--solver", "implicit,amigo"], "run takes one solver"),
+        (["run", "quadratic", "--solver", "implicit("], "cannot read solvers"),
+        (["run", "no.such.module:task"], "cannot import problem"),
+    ],
+)
+def test_wrong_calls_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def small_task() -> Task:
+    return bilevel.problems.scalar(t=1.0)
+
+
+def test_a_problem_of_the_users(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert cli.main(["run", f"{__name__.rpartition('.')[2]}:small_task", "--steps", "2"]) == 0
+    assert "scalar" in capsys.readouterr().out
+
+
+def test_module_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "bilevel", "list"], capture_output=True, text=True, check=True)
+    assert "quadratic" in done.stdout
+
+
+def test_failed_solve_exits_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saddle() -> Task:
+        problem = bilevel.Problem(upper=lambda x, y, b: (y - 1).square(), lower=lambda x, y, b: x * y - y.square())
+        return Task("saddle", problem, torch.ones(()), torch.zeros(()), steps=2)
+
+    monkeypatch.setattr(bilevel.problems, "scalar", saddle)
+    assert cli.main(["run", "scalar", "--solver", "implicit(lower_steps=0)"]) == 1
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", [{"a": float("nan"), "b": torch.tensor(2.0), "c": [1, 2]}])
+    document = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert document["rows"] == [{"a": None, "b": 2.0, "c": [1, 2]}]
+
+
+def test_table_chooses_columns() -> None:
+    assert table([{"a": 1, "b": None}], ["b", "a"]).splitlines()[-1].split() == ["-", "1"]
+
+
+def test_compare_from_python_uses_the_tasks_own_steps() -> None:
+    rows = compare(lambda seed: bilevel.problems.scalar(), {"one": bilevel.implicit()}, steps=None)
+    assert rows[0]["x_error"] < 1e-2
+    assert spread(rows)[0]["seeds"] == 1
+
+
+def test_solver_texts_are_parsed_not_evaluated() -> None:
+    assert list(cli.parse_solvers("all")) == list(bilevel.solvers.__all__)
+    assert cli.parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
+    for text in ("implicit(**{})", "neumann(3)"):
+        with pytest.raises(InvalidProblem, match="name each option"):
+            cli.parse_solvers(text)
