@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
@@ -25,9 +24,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """
     while (inner := _inner(module)) is not None:
         module = inner
-    if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in module.parameters()
-    ):
+    if _is_sharded(module):
         raise InvalidProblem(
             "functional(): the module is sharded (FSDP or DTensor), where functional calls return wrong numbers "
             "without an error; pass the module before sharding, and let every rank hold all parameters."
@@ -38,6 +35,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if lazy:
         raise InvalidProblem(f"functional(): parameters {lazy} have no shape yet; call the module once on a batch.")
     return module
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    # Only who shards has these modules loaded; importing them here would take half of the library's import time.
+    fsdp, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    wrappers = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp is not None else ()
+    kinds = (tensor.DTensor,) if tensor is not None else ()
+    return any(isinstance(part, wrappers) for part in module.modules()) or any(
+        isinstance(parameter, kinds) for parameter in module.parameters()
+    )
 
 
 def snapshot(module: nn.Module) -> nn.Module:
