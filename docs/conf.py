@@ -55,6 +55,16 @@ def prepare_docstring(app: Any, what: str, name: str, obj: Any, options: Any, li
     lines[:] = prepared
 
 
+def mend_property(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Undo napoleon where it took the first words of a property, up to a colon, for a type."""
+    kinds = [line for line in lines if line.startswith(":type: ")]
+    if what == "property" and kinds:
+        first = next(index for index, line in enumerate(lines) if line.strip())
+        lines[first] = f"{kinds[0].removeprefix(':type: ')}: {lines[first]}"
+        lines.remove(kinds[0])
+
+
 def setup(app: Any) -> None:
-    """Register the preparation ahead of napoleon (priority 500)."""
+    """Register what comes before and after napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)
+    app.connect("autodoc-process-docstring", mend_property, priority=600)
