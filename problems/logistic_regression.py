@@ -57,5 +57,5 @@ def logistic_regression(seed: int = 0, *, dtype: torch.dtype = torch.float64, de
     y0 = {"weight": torch.zeros(d, dtype=dtype, device=device), "bias": torch.zeros((), dtype=dtype, device=device)}
     return Task(
         "logistic-regression", problem, start, y0, steps=100, evaluate=evaluate,
-        source="Wolberg et al., Wisconsin diagnostic breast cancer, 1995 (CC BY 4.0); as shipped by scikit-learn (BSD-3)",
+        source="Wolberg et al., Wisconsin diagnostic breast cancer, 1995 (CC BY 4.0); shipped by scikit-learn (BSD-3)",
     )  # fmt: skip

@@ -40,7 +40,8 @@ def ridge(seed: int = 0, *, dtype: torch.dtype = torch.float64, device: str = "c
         return 0.5 * (batch[0] @ y - batch[1]).square().mean()
 
     def lower_solution(x: Tensor) -> Tensor:
-        return torch.linalg.solve(covariance + x.exp().diag(), moment)
+        solution: Tensor = torch.linalg.solve(covariance + x.exp().diag(), moment)
+        return solution
 
     def evaluate(x: Any, y: Any) -> dict[str, Any]:
         errors = (test.inputs @ y - test.targets).square()

@@ -1,0 +1,100 @@
+"""The demo's picture: what a falling validation loss costs each solver, and which digits are judged wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bilevel.demo.methods import best_row, surest
+from bilevel.problems import kept
+from bilevel.problems.hyper_cleaning import Digits
+from bilevel.report import Row
+from bilevel.solution import Solution
+from bilevel.status import InvalidProblem
+
+# Okabe and Ito's colors, which color-blind readers tell apart.
+COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#000000")
+RIGHT, WRONG, INK, FAINT = "#00735C", "#C44E00", "#222222", "#8A8A8A"
+ACROSS, DOWN = 8, 5
+
+
+def draw(path: str | Path, digits: Digits, rows: list[Row], solutions: Mapping[str, Solution]) -> None:
+    """Write the picture.
+
+    Raises:
+        InvalidProblem: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InvalidProblem("the picture needs matplotlib: pip install 'bilevel[plot]'.") from error
+    figure = Figure(figsize=(14, 6.6), facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(
+        1, 2, width_ratios=(1.0, 1.12), left=0.055, right=0.985, top=0.84, bottom=0.1, wspace=0.09
+    )
+    _losses(figure.add_subplot(grid[0]), rows, solutions)
+    _digits(figure, grid[1], digits, solutions[best_row(rows)["method"]])
+    wrong = float(digits.wrong.double().mean())
+    figure.text(
+        0.055, 0.945, f"{wrong:.0%} of {len(digits.given):,} labels are wrong. Which ones?", fontsize=19,
+        fontweight="bold", color=INK,
+    )  # fmt: skip
+    figure.text(
+        0.055, 0.9,
+        f"One weight per training digit, learned so that the weighted model does well on "
+        f"{len(digits.validation.targets):,} clean digits.",
+        fontsize=12, color=FAINT,
+    )  # fmt: skip
+    figure.savefig(path, dpi=130)
+
+
+def _losses(axes: Any, rows: list[Row], solutions: Mapping[str, Solution]) -> None:
+    by_name = {row["method"]: row for row in rows}
+    for color, (name, solution) in zip(COLORS, solutions.items(), strict=False):
+        history = solution.history
+        cost = [sum(calls) for calls in zip(history["gradients"], history["hvps"], history["crosses"], strict=True)]
+        error = by_name[name].get("relative_error")
+        note = "" if error is None else f"  ({error:.1%})" if error < 0.01 else f"  ({error:.0%})"
+        axes.plot(cost, history["upper_value"], color=color, linewidth=2, label=name + note, solid_capstyle="round")
+        axes.plot(cost[-1], history["upper_value"][-1], "o", color=color, markersize=6)
+    axes.set_xlabel("gradients + Hessian-vector products + cross products", color=INK)
+    axes.set_title("validation loss", loc="left", fontsize=12.5, color=INK)
+    axes.set_yscale("log")
+    axes.set_yticks([0.4, 0.5, 0.6, 0.8, 1.0], [f"{v:g}" for v in (0.4, 0.5, 0.6, 0.8, 1.0)])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(left=False, colors=INK)
+    axes.legend(frameon=False, title="solver (estimated error of its hypergradient)", alignment="left", fontsize=10.5)
+
+
+def _digits(figure: Any, cell: Any, digits: Digits, solution: Solution) -> None:
+    wrong = digits.wrong
+    x: Any = solution.best_x
+    order = surest(x, len(x))
+    sure = order[: ACROSS * (DOWN - 1)].tolist()
+    mistakes = order[(~kept(x) & ~wrong)[order]][:ACROSS].tolist()
+    inner = cell.subgridspec(DOWN, ACROSS, wspace=0.12, hspace=0.42)
+    for place, index in enumerate(sure + mistakes):
+        axes = figure.add_subplot(inner[place // ACROSS, place % ACROSS])
+        axes.imshow(digits.images[index].view(28, 28), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        right = bool(wrong[index])
+        for spine in axes.spines.values():
+            spine.set_color(RIGHT if right else WRONG)
+            spine.set_linewidth(1.4)
+        given, true = int(digits.given[index]), int(digits.true[index])
+        text = f"“{given}”, is {true}" if right else f"“{given}”, it is"
+        axes.set_title(text, fontsize=10, color=RIGHT if right else WRONG, pad=3)
+    hits = sum(bool(wrong[index]) for index in sure)
+    box = cell.get_position(figure)
+    figure.text(box.x0, 0.9, f"Judged most surely wrong: {hits} of these {len(sure)} are.", fontsize=12, color=RIGHT)
+    figure.text(
+        box.x0, 0.045, "Last row: surest among its mistakes, right labels judged wrong.", fontsize=12, color=WRONG
+    )
