@@ -14,7 +14,22 @@ import torch
 # Two workers with two threads each would fight over two cores, and sums would depend on the number of threads.
 torch.set_num_threads(1)
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 PROGRAM = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Take memory addresses out of test ids (values that hold a function): workers must collect the same ids."""
+    plain = metafunc.parametrize
+
+    def parametrize(*args: Any, ids: Any = None, **options: Any) -> None:
+        made = ids
+        if callable(ids):
+            made = lambda value: ADDRESS.sub("", str(ids(value)))  # noqa: E731
+        plain(*args, ids=made, **options)
+
+    metafunc.parametrize = parametrize  # type: ignore[method-assign]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

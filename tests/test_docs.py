@@ -251,9 +251,9 @@ def test_the_house_is_as_drawn() -> None:
             rooms[path.stem] = set()
         elif path.is_dir() and path.name != "__pycache__":
             rooms[path.name] = {file.stem for file in path.rglob("*.py") if file.stem != "__init__"}
-    assert set(drawn) == set(rooms)
+    assert set(drawn) == set(rooms), "docs/architecture.md has one row for each module or package of bilevel/"
     for name, files in rooms.items():
-        assert drawn[name] == (floor[name], files), name
+        assert drawn[name] == (floor[name], files), f"the row of {name} in docs/architecture.md"
 
 
 # -- api: every public name ----------------------------------------------------------------------------------------
