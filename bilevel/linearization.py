@@ -23,7 +23,7 @@ Evaluate: TypeAlias = Callable[[Leaves, Leaves], Tensor]
 
 
 def leaves_of(layout: Layout, flat: Tensor, *, requires_grad: bool = True) -> list[Tensor]:
-    """Return the leaves as detached views of `flat`: differentiating with respect to them costs no graph of the split."""
+    """Return the leaves as detached views of `flat`, with respect to which there is no graph of the split."""
     return [leaf.detach().requires_grad_(requires_grad) for leaf in layout.views(flat)]
 
 
@@ -160,9 +160,9 @@ class Differences(SecondDerivatives):
     def _step(self, v: Tensor, rows: int | None) -> Tensor:
         # The step has the length eps^(1/3) (1 + ‖y‖): below it rounding dominates, above it the third derivative does.
         size = torch.linalg.vector_norm(v, dim=rows, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-        return (
-            torch.finfo(v.dtype).eps ** (1 / 3) * (1 + torch.linalg.vector_norm(self._y, dim=rows, keepdim=True)) / size
-        )
+        reach = 1 + torch.linalg.vector_norm(self._y, dim=rows, keepdim=True)
+        step: Tensor = reach * (torch.finfo(v.dtype).eps ** (1 / 3) / size)
+        return step
 
     def hvp(self, v: Tensor, *, shrink: float = 1.0) -> Tensor:
         """Return H v by differences of dg/dy, each row with its own step (times `shrink`)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -12,13 +11,15 @@ import torch
 from torch import Tensor
 
 from bilevel.data import DataSource
+from bilevel.declared import Declared
 from bilevel.layout import Layout, named_leaves, rebuild
 from bilevel.linearization import Leaves, SecondDerivatives, gradients, join, leaves_of, second_derivatives
 from bilevel.problem import Problem
-from bilevel.regularizers import Regularizer
 from bilevel.status import InvalidProblem
 
 Level: TypeAlias = Literal["upper", "lower"]
+Constraint: TypeAlias = Literal["constraint", "equality"]
+Function: TypeAlias = Level | Constraint
 
 
 class Counts(NamedTuple):
@@ -36,6 +37,22 @@ class Counts(NamedTuple):
 
 class UpperGradient(NamedTuple):
     """f and its partial gradients, detached: `value []`, `x [p]`, `y [d]` or `[m, d]`."""
+
+    value: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class LowerGradient(NamedTuple):
+    """g and its partial gradients, detached: `value []`, `x [p]`, `y [d]` or `[m, d]`."""
+
+    value: Tensor
+    x: Tensor
+    y: Tensor
+
+
+class ConstraintGradient(NamedTuple):
+    """c and the gradients of `<multiplier, c>`, detached: `value [q]` (`[m, q]`), `x [p]`, `y [d]` or `[m, d]`."""
 
     value: Tensor
     x: Tensor
@@ -73,8 +90,27 @@ class Oracles:
 
     def project_x(self, x: Tensor) -> Tensor:
         """Project x on the upper set."""
-        upper_set = self.problem.upper_set
-        return x if upper_set is None else upper_set.bind(self.x_layout)(x)
+        return self._projections[0](x)
+
+    def project_y(self, y: Tensor) -> Tensor:
+        """Project y on the lower set, block by block."""
+        return self._projections[1](y)
+
+    def project_jointly(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Project (x, y) on the problem's joint set, or on both levels' sets where it has none."""
+        joint = self.problem.joint_set
+        if joint is None:
+            return self.project_x(x), self.project_y(y)
+        x_near, y_near = joint(self.x_layout.unflatten(x), self.y_layout.unflatten(y))
+        return self.x_layout.flatten(x_near), self.y_layout.flatten(y_near)
+
+    @cached_property
+    def _projections(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        upper_set, lower_set = self.problem.upper_set, self.problem.lower_set
+        return (
+            (lambda x: x) if upper_set is None else upper_set.bind(self.x_layout),
+            (lambda y: y) if lower_set is None else lower_set.bind(self.y_layout),
+        )
 
     # -- values and gradients ------------------------------------------------------------------------------------
 
@@ -111,6 +147,37 @@ class Oracles:
         declared = self.declared(x)
         return value.detach() + declared.value(y), declared.add_gradient(join(self.y_layout, found, (), y), y)
 
+    def lower_gradients(self, x: Tensor, y: Tensor, step: int = 0, *, declared: bool = True) -> LowerGradient:
+        """Return g and its gradients in x and y, by one backward pass; without its regularizer if not `declared`."""
+        self.count(gradients=1)
+        xs, ys = leaves_of(self.x_layout, x), leaves_of(self.y_layout, y)
+        with torch.enable_grad():
+            value = self._evaluate("lower", step, xs, ys)
+            found = gradients([value], [*xs, *ys])
+        in_x = join(self.x_layout, found[: len(xs)], (), x)
+        in_y = join(self.y_layout, found[len(xs) :], (), y)
+        if not declared:
+            return LowerGradient(value.detach(), in_x, in_y)
+        term = self.declared(x)
+        total = value.detach() + term.value(y)
+        return LowerGradient(total, in_x + term.gradient_x(y), term.add_gradient(in_y, y))
+
+    def constraint(
+        self, x: Tensor, y: Tensor, multiplier: Tensor | None = None, step: int = 0, *, name: Constraint = "constraint"
+    ) -> ConstraintGradient:
+        """Return c(x, y) and the gradients of `<multiplier, c>` (zeros without a multiplier); counts one gradient.
+
+        The constraint, or with `name="equality"` the equality h, sees the lower batch of the step.
+        """
+        self.count(**({"values": 1} if multiplier is None else {"gradients": 1}))
+        xs, ys = leaves_of(self.x_layout, x), leaves_of(self.y_layout, y)
+        with torch.enable_grad():
+            value = self.call(name, step, xs, ys)
+            weights = torch.zeros_like(value) if multiplier is None else multiplier
+            found = gradients([value], [*xs, *ys], [weights]) if multiplier is not None else [None] * len([*xs, *ys])
+        in_x = join(self.x_layout, found[: len(xs)], (), x)
+        return ConstraintGradient(value.detach(), in_x, join(self.y_layout, found[len(xs) :], (), y))
+
     def linearize_lower(self, x: Tensor, y: Tensor, step: int = 0) -> Linearization:
         """Differentiate g twice at (x, y): one graph for every HVP and the cross product that follow."""
         self.count(gradients=1)
@@ -130,8 +197,9 @@ class Oracles:
         lengths = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(self.batch("lower", step))}
         if len(lengths) != 1 or max(lengths) < k or self.problem.blocks is not None:
             raise InvalidProblem(
-                f"per-example gradients of the lower objective need batches whose tensors share a leading dimension of at "
-                f"least {k}, and no blocks; found lengths {sorted(lengths)}. Lower the rank, or use another linear solver."
+                f"{k} per-example gradients of the lower objective need batches whose tensors share a leading "
+                f"dimension of at least that, and no blocks; found lengths {sorted(lengths)}. Use fewer, or another "
+                "linear solver."
             )
         self.count(gradients=k)
         rows = []
@@ -151,7 +219,11 @@ class Oracles:
     def batch(self, level: Level, step: int) -> Any:
         """Return the batch of one step, None without a data source."""
         source: DataSource | None = getattr(self.problem, f"{level}_data")
-        return None if source is None else source.batch(step, self.seed)
+        # Levels that share a data set must not share its permutations.
+        return None if source is None else source.batch(step, self._seed(level))
+
+    def _seed(self, *of: str | int) -> int:
+        return hash((self.seed, *(part == "upper" if isinstance(part, str) else part for part in of))) & (2**63 - 1)
 
     def _evaluate(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
         value = self.call(level, step, xs, ys, rows)
@@ -160,61 +232,27 @@ class Oracles:
         # Blocks are independent below, so their sum gives every block its own gradient; above, F is their mean.
         return value.sum() if level == "lower" else value.mean()
 
-    def call(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
-        """Return what the user's objective returns (of each block, with blocks), with its graph; not counted."""
-        objective = self.problem.upper if level == "upper" else self.problem.lower
+    def call(self, name: Function, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
+        """Return what the user's function returns (of each block, with blocks), with its graph; not counted.
+
+        The constraint sees the batch and the random state of the lower objective.
+        """
+        level: Level = "upper" if name == "upper" else "lower"
+        objective = getattr(self.problem, name)
         batch = self.batch(level, step)
         if rows is not None:
             batch = rebuild(batch, iter([tensor[rows] for tensor in tensors_in(batch)]))
         x = self.x_layout.nest(xs)
-        with random_state(hash((self.seed, level == "upper", step)) & (2**63 - 1), self.x_layout.device):
+        with random_state(self._seed(level, step), self.x_layout.device):
             if self.problem.blocks is None:
-                return objective(x, self.y_layout.nest(ys), batch)
+                value: Tensor = objective(x, self.y_layout.nest(ys), batch)
+                return value
             each: Tensor = torch.func.vmap(
                 lambda y, b: objective(x, self.y_layout.nest(y), b),
                 in_dims=(0, None if batch is None else 0),
                 randomness="different",
             )(list(ys), batch)
             return each
-
-
-@dataclass(frozen=True)
-class Declared:
-    """The declared regularizer at one x: formulas in y, and only its weights are traced."""
-
-    regularizer: Regularizer | None
-    x: Tensor
-    x_layout: Layout
-    y_layout: Layout
-
-    def value(self, y: Tensor) -> Tensor | float:
-        """Return r(x, y)."""
-        return 0.0 if self.regularizer is None else self.regularizer.value(self._coefficients, y)
-
-    def add_gradient(self, gradient: Tensor, y: Tensor) -> Tensor:
-        """Return `gradient + dr/dy`."""
-        return gradient if self.regularizer is None else gradient + self.regularizer.gradient(self._coefficients, y)
-
-    def curvature(self, y: Tensor) -> Tensor | None:
-        """Return the diagonal of d2r/dy2 shaped like y, or None without a regularizer."""
-        if self.regularizer is None:
-            return None
-        return self.regularizer.curvature(self._coefficients, y).expand(y.shape)
-
-    def cross(self, y: Tensor, v: Tensor) -> list[Tensor | None]:
-        """Return the leaves of d<dr/dy, v>/dx."""
-        xs = leaves_of(self.x_layout, self.x)
-        if self.regularizer is None:
-            return [None] * len(xs)
-        with torch.enable_grad():
-            coefficients = self.regularizer.coefficients(self.x_layout.nest(xs), self.y_layout)
-            return gradients([(self.regularizer.gradient(coefficients, y) * v).sum()], xs)
-
-    @cached_property
-    def _coefficients(self) -> tuple[Tensor, ...]:
-        assert self.regularizer is not None
-        with torch.no_grad():
-            return self.regularizer.coefficients(self.x_layout.unflatten(self.x), self.y_layout)
 
 
 class Linearization:

@@ -15,6 +15,7 @@ from bilevel.sets import Set
 from bilevel.status import InvalidProblem
 
 Objective: TypeAlias = Callable[[Variables, Variables, Any], Tensor]
+JointSet: TypeAlias = Callable[[Variables, Variables], tuple[Variables, Variables]]
 SecondOrder: TypeAlias = Literal["auto", "double_backward", "math_attention", "forward_over_reverse", "differences"]
 
 
@@ -32,7 +33,9 @@ class Problem:
         lower_data: source of the lower batches.
         upper_set: X, on which x is projected.
         lower_set: Y, on which y is projected (solvers that handle constraints).
-        constraint: c, returns `[p]`, feasible where <= 0 (solvers that handle constraints).
+        constraint: c, returns `[q]`, feasible where <= 0 (solvers that handle constraints).
+        equality: h, returns `[r]`, feasible where = 0 (solvers that handle constraints).
+        joint_set: (x, y) -> the projection on `{(x, y) in X x Y: c <= 0, h = 0}`, for solvers that project on it.
         regularizer: a declared separable term of g in y, so that its gradient, curvature and prox are formulas.
         lower_init: x -> y, where the lower start depends on x.
         blocks: m, if the lower level consists of m independent problems that share x. Every leaf of y, and every tensor
@@ -63,6 +66,8 @@ class Problem:
     upper_set: Set | None = None
     lower_set: Set | None = None
     constraint: Objective | None = None
+    equality: Objective | None = None
+    joint_set: JointSet | None = None
     regularizer: Regularizer | None = None
     lower_init: Callable[[Variables], Variables] | None = None
     blocks: int | None = None
@@ -71,7 +76,7 @@ class Problem:
     reference: Variables | None = None
 
     def __post_init__(self) -> None:
-        for name in ("upper", "lower", "constraint", "lower_init", "lower_solution"):
+        for name in ("upper", "lower", "constraint", "equality", "joint_set", "lower_init", "lower_solution"):
             value = getattr(self, name)
             if not callable(value) and not (value is None and name not in ("upper", "lower")):
                 raise InvalidProblem(f"Problem({name}=...) must be a function, got {type(value).__name__}.")

@@ -90,8 +90,8 @@ class Session:
             now, then = getattr(self._state, name), getattr(loaded, name)
             if now.shape != then.shape or now.dtype != then.dtype:
                 raise InvalidProblem(
-                    f"the state's {name} has shape {tuple(then.shape)} and {then.dtype}, this session's {tuple(now.shape)} "
-                    f"and {now.dtype}."
+                    f"the state's {name} has shape {tuple(then.shape)} and {then.dtype}, this session's "
+                    f"{tuple(now.shape)} and {now.dtype}."
                 )
         self._state = loaded
         self._oracles.counts = Counts(**state["counts"])

@@ -16,7 +16,7 @@ FLOORS = [
     {"linear", "optimizers"},
     {"sets", "regularizers", "data", "modules"},
     {"problem"},
-    {"linearization", "oracles", "second_order", "dry_run"},
+    {"smoothness", "linearization", "declared", "oracles", "second_order", "captured", "dry_run"},
     {"hypergradients"},
     {"solvers"},
     {"solution", "callbacks", "progress", "report"},

@@ -43,6 +43,7 @@ class Solver(ABC, Generic[S]):
     """Minimizes a bilevel problem by steps. Implementations are frozen dataclasses."""
 
     needs_hvp: ClassVar[bool] = True
+    handles_lower_set: ClassVar[bool] = False
     handles_constraints: ClassVar[bool] = False
     handles_nonsmooth: ClassVar[bool] = False
     replays: ClassVar[bool] = False
@@ -52,19 +53,22 @@ class Solver(ABC, Generic[S]):
 
         A wrong answer without a word would be the alternative: an implicit hypergradient ignores active constraints.
         """
-        name = type(self).__name__
-        constrained = problem.lower_set is not None or problem.constraint is not None
-        if constrained and not self.handles_constraints:
-            part = "lower_set" if problem.lower_set is not None else "constraint"
+        regularizer = problem.regularizer
+        parts = {
+            "lower_set": ("handles_lower_set", problem.lower_set is not None),
+            "constraint": ("handles_constraints", problem.constraint is not None),
+            "equality": ("handles_constraints", problem.equality is not None),
+            "regularizer": ("handles_nonsmooth", regularizer is not None and not regularizer.smooth),
+        }
+        for part, (fact, present) in parts.items():
+            if not present or getattr(self, fact):
+                continue
+            able = [kind.__name__ for kind in Solver.__subclasses__() if getattr(kind, fact)]
+            choice = f"Use {' or '.join(sorted(able))}" if able else f"Use a solver whose {fact} is True"
             raise InvalidProblem(
-                f"{name} does not handle Problem({part}=...): its hypergradient holds at interior solutions only. "
-                "Use a solver whose handles_constraints is True, or move the constraint into the lower objective as a "
-                "penalty."
-            )
-        if problem.regularizer is not None and not problem.regularizer.smooth and not self.handles_nonsmooth:
-            raise InvalidProblem(
-                f"{name} does not handle the kinks of {type(problem.regularizer).__name__}. Use a solver whose "
-                "handles_nonsmooth is True, or a smooth regularizer (L2)."
+                f"{type(self).__name__} does not handle Problem({part}=...): it would ignore "
+                f"{'its kinks' if part == 'regularizer' else 'it'} and answer wrongly. {choice}, or state a smooth, "
+                "unconstrained lower level (a penalty, an L2 regularizer)."
             )
 
     @abstractmethod

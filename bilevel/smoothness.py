@@ -1,0 +1,41 @@
+"""The smoothness constant of an objective from differences of gradients: for step sizes where no HVP may be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.linear import Operator
+from bilevel.linear.curvature import largest_curvature
+
+
+def smoothness(gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: int = 8, seed: int = 0) -> Tensor:
+    """Estimate the largest curvature of a function at a point, from below.
+
+    Args:
+        gradient: of the function, shaped like the point.
+        point: `[d]` or `[m, d]`.
+        steps: Lanczos steps, > 0.
+        seed: of the random start.
+
+    Returns:
+        A 0-dim tensor.
+
+    Cost:
+        2 `steps` gradients.
+
+    Example:
+        >>> curvatures = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+        >>> round(float(smoothness(lambda y: curvatures * y, torch.zeros(3, dtype=torch.float64))), 4)
+        4.0
+    """
+    reach = torch.finfo(point.dtype).eps ** (1 / 3) * (1 + point.norm())
+
+    def product(v: Tensor) -> Tensor:
+        step = reach / v.norm().clamp_min(torch.finfo(v.dtype).tiny)
+        difference: Tensor = (gradient(point + step * v) - gradient(point - step * v)) / (2 * step)
+        return difference
+
+    return largest_curvature(Operator(product), point, steps=steps, seed=seed)
