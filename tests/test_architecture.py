@@ -16,7 +16,7 @@ FLOORS = [
     {"linear", "optimizers"},
     {"sets", "regularizers", "data", "modules"},
     {"problem"},
-    {"smoothness", "linearization", "declared", "oracles", "second_order", "captured", "dry_run"},
+    {"smoothness", "kkt_system", "linearization", "declared", "oracles", "second_order", "captured", "dry_run"},
     {"hypergradients"},
     {"solvers"},
     {"solution", "callbacks", "progress", "report"},
