@@ -171,6 +171,18 @@ class Differences(SecondDerivatives):
         _, _, behind = self._gradients(self._y - step * v)
         return (ahead - behind) / (2 * step)
 
+    def both(self, v: Tensor, *, shrink: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Return H v and J^T v by one pair of gradients, all rows with one step, each with its error from rounding."""
+        step = shrink * self._step(v, None)
+        _, ahead_x, ahead_y = self._gradients(self._y + step * v)
+        _, behind_x, behind_y = self._gradients(self._y - step * v)
+        pairs = (
+            (ahead_y, behind_y),
+            (join(self._x_layout, ahead_x, (), self._x), join(self._x_layout, behind_x, (), self._x)),
+        )
+        eps = torch.finfo(v.dtype).eps
+        return [((a - b) / (2 * step).flatten(), eps * (a.norm() + b.norm()) / (2 * step).flatten()) for a, b in pairs]
+
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return J^T v by differences of dg/dx: it sums over rows, so all rows take one step."""
         step = self._step(v, None)

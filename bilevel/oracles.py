@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -15,11 +16,14 @@ from bilevel.declared import Declared
 from bilevel.layout import Layout, named_leaves, rebuild
 from bilevel.linearization import Leaves, SecondDerivatives, gradients, join, leaves_of, second_derivatives
 from bilevel.problem import Problem
-from bilevel.status import InvalidProblem
+from bilevel.status import DataExhausted, IneffectiveHyperparameter, InvalidProblem
 
 Level: TypeAlias = Literal["upper", "lower"]
 Constraint: TypeAlias = Literal["constraint", "equality"]
 Function: TypeAlias = Level | Constraint
+
+IDLE = 100
+"""Cross products in a row without a leaf of x before that is worth a word."""
 
 
 class Counts(NamedTuple):
@@ -72,6 +76,10 @@ class Oracles:
         seed: of batches and of randomness inside the objectives.
         way: how the lower objective is differentiated twice; any `Problem.hvp` but "auto".
         chunk: how many HVPs one batched pass may carry.
+
+    Attributes:
+        counts: calls made so far.
+        lower_leaves: indices of the leaves of x that the dry run found in the lower objective.
     """
 
     def __init__(
@@ -81,10 +89,25 @@ class Oracles:
         self.problem, self.x_layout, self.y_layout = problem, x_layout, y_layout
         self.seed, self.way, self.chunk = seed, way, chunk
         self.counts = Counts()
+        self.lower_leaves: frozenset[int] = frozenset()
+        self._idle: dict[int, int] = {}
 
     def count(self, **calls: int) -> None:
         """Add to the counts."""
         self.counts = Counts(*(n + calls.get(name, 0) for name, n in self.counts._asdict().items()))
+
+    def watch(self, crosses: Sequence[Tensor | None]) -> None:
+        """Warn once of a leaf of x that is one of `lower_leaves`, but that many cross products in a row lack."""
+        for leaf in self.lower_leaves:
+            self._idle[leaf] = self._idle.get(leaf, 0) + 1 if crosses[leaf] is None else 0
+            if self._idle[leaf] == IDLE:
+                self.lower_leaves -= {leaf}
+                warnings.warn(
+                    f"x's leaf '{self.x_layout.names[leaf]}' took no part in the lower objective for the last {IDLE} "
+                    "products with its cross derivative, though the dry run found it there: check the lower data.",
+                    IneffectiveHyperparameter,
+                    stacklevel=2,
+                )
 
     # -- projections ---------------------------------------------------------------------------------------------
 
@@ -220,7 +243,10 @@ class Oracles:
         """Return the batch of one step, None without a data source."""
         source: DataSource | None = getattr(self.problem, f"{level}_data")
         # Levels that share a data set must not share its permutations.
-        return None if source is None else source.batch(step, self._seed(level))
+        try:
+            return None if source is None else source.batch(step, self._seed(level))
+        except StopIteration as end:  # it would end a caller's loop without a word
+            raise DataExhausted(f"the {level} data gave no batch for step {step}: its source ran out.") from end
 
     def _seed(self, *of: str | int) -> int:
         return hash((self.seed, *(part == "upper" if isinstance(part, str) else part for part in of))) & (2**63 - 1)
@@ -289,6 +315,7 @@ class Linearization:
         self._count("crosses", 1)
         traced, declared = self._core.cross(v), self._declared.cross(self._y, v)
         both = [b if a is None else a if b is None else a + b for a, b in zip(traced, declared, strict=True)]
+        self._oracles.watch(both)
         return join(self._oracles.x_layout, both, (), self._x)
 
     def sample_gradients(self, k: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.linearization import Differences, SecondDerivatives, second_derivatives
+from bilevel.linearization import Differences, SecondDerivatives, join, second_derivatives
 from bilevel.oracles import Oracles
 from bilevel.status import NonDeterministic, SecondOrderFallback, SecondOrderUnsupported
 
@@ -18,10 +20,10 @@ LARGEST_CHUNK = 64
 
 
 def choose(oracles: Oracles, x: Tensor, y: Tensor) -> None:
-    """Set `oracles.way` to the first way that gives the right product here, and `oracles.chunk` to what memory allows.
+    """Set `oracles.way` to the first way that gives the right products here, and `oracles.chunk` to what memory allows.
 
-    A way is right if its products agree with differences of gradients wherever two step sizes of those agree with
-    each other (at a kink they do not, and then there is no verdict).
+    A way is right if its products H v and J^T v agree with differences of gradients, as closely as those of two step
+    sizes agree with each other (at a kink they do not, and then there is no verdict).
 
     Raises:
         SecondOrderUnsupported: `Problem(hvp=...)` insists on a way that fails, or that is silently wrong.
@@ -30,13 +32,14 @@ def choose(oracles: Oracles, x: Tensor, y: Tensor) -> None:
     wanted = oracles.problem.hvp
     ways = CHAIN if wanted == "auto" else (wanted,)
     troubles: list[str] = []
-    v = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).to(y.device)
+    judge = _Judge(oracles, x, y)
     for way in ways:
         oracles.way = way
-        trouble = _trouble(oracles, x, y, v)
-        if trouble is None:
+        try:
+            judge.try_way()
             break
-        troubles.append(f"{way}: {trouble}")
+        except (RuntimeError, NotImplementedError) as error:
+            troubles.append(f"{way}: {_first_line(error)}")
     else:
         raise SecondOrderUnsupported(
             f"the lower objective cannot be differentiated twice. {' | '.join(troubles)}. Use plain attention kernels "
@@ -52,48 +55,71 @@ def choose(oracles: Oracles, x: Tensor, y: Tensor) -> None:
             SecondOrderFallback,
             stacklevel=2,
         )
-    _check_determinism(oracles, x, y, v)
+    judge.check_determinism()
 
 
-def _core(oracles: Oracles, x: Tensor, y: Tensor) -> SecondDerivatives:
-    return second_derivatives(oracles.way, oracles.lower_at(0), oracles.x_layout, oracles.y_layout, x, y)
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
-def _trouble(oracles: Oracles, x: Tensor, y: Tensor, v: Tensor) -> str | None:
-    try:
-        with _GraphBytes() as graph:
-            core = _core(oracles, x, y)
-        product = core.hvp(v)
-        core.cross(v)
-    except (RuntimeError, NotImplementedError) as error:
-        return str(error).strip().splitlines()[0][:200]
-    oracles.chunk = max(1, min(LARGEST_CHUNK, _memory(y.device) // max(1, 2 * graph.bytes)))
-    if isinstance(core, Differences):
-        return None
-    differences = Differences(oracles.lower_at(0), oracles.x_layout, oracles.y_layout, x, y)
-    coarse, fine = differences.hvp(v), differences.hvp(v, shrink=0.1)
-    size = coarse.norm()
-    # Rounding of two gradients of size ‖g‖ at the finer step bounds what a comparison can show.
-    noise = 100 * torch.finfo(y.dtype).eps ** (2 / 3) * core.gradient.norm() * v.norm() / (1 + y.norm())
-    reliable = (coarse - fine).norm() < 0.02 * size and size > noise
-    wrong = (product - coarse).norm() > 0.1 * size
-    if bool(reliable & wrong):
-        gap = float((product - coarse).norm() / size)
-        return (
-            f"a product differs by {gap:.0%} from differences of gradients (an operation hides its second derivative)"
-        )
-    return None
+class _Judge:
+    """Compares products along one random direction with what differences of gradients say."""
 
+    def __init__(self, oracles: Oracles, x: Tensor, y: Tensor) -> None:
+        self.oracles, self.x, self.y = oracles, x, y
+        generator = torch.Generator().manual_seed(0)
+        self.v = torch.randn(y.shape, generator=generator, dtype=y.dtype).to(y.device)
+        self.product = torch.zeros_like(y)
 
-def _check_determinism(oracles: Oracles, x: Tensor, y: Tensor, v: Tensor) -> None:
-    first, second = _core(oracles, x, y).hvp(v), _core(oracles, x, y).hvp(v)
-    gap = (first - second).norm() / first.norm().clamp_min(torch.finfo(y.dtype).tiny)
-    if float(gap) > 1e-3:
-        raise NonDeterministic(
-            f"two identical products with the Hessian of the lower objective differ by {float(gap):.0%} at step 0: its "
-            "randomness does not come from torch's global generator, or it depends on state of its own. Draw from "
-            "torch's global generator (it is seeded for each step), or from the batch."
-        )
+    def try_way(self) -> None:
+        """Try the way that the oracles are set to.
+
+        Raises:
+            RuntimeError: or NotImplementedError, what torch says; or that the products are wrong.
+        """
+        # Function transforms refuse hooks on saved tensors, and retain no graph anyway.
+        with nullcontext(None) if self.oracles.way == "forward_over_reverse" else _GraphBytes() as graph:
+            core = self._core()
+        self.product = core.hvp(self.v)
+        if isinstance(core, Differences):
+            return
+        cross = join(self.oracles.x_layout, core.cross(self.v), (), self.x)
+        size = 1 if graph is None else max(1, 2 * graph.bytes)
+        self.oracles.chunk = max(1, min(LARGEST_CHUNK, _memory(self.y.device) // size))
+        parts = zip(("Hessian", "cross derivative"), (self.product, cross), self._differences, strict=True)
+        for part, found, (coarse, fine, rounding) in parts:
+            size, error = coarse.norm(), (found - coarse).norm()
+            # A gradient that is small by cancellation leaves more error than it shows: the spread of two steps sees it.
+            known = 10 * (coarse - fine).norm() + 100 * rounding.sum() + torch.finfo(self.y.dtype).eps ** 0.25 * size
+            if bool(error > known):
+                raise RuntimeError(
+                    f"a product with the {part} differs by {float(error / size):.0%} from differences of gradients (an "
+                    "operation hides its second derivative)"
+                )
+
+    def check_determinism(self) -> None:
+        """Refuse an objective whose product changes from call to call."""
+        again = self._core().hvp(self.v)
+        gap = (again - self.product).norm() / self.product.norm().clamp_min(torch.finfo(again.dtype).tiny)
+        if float(gap) > 1e-3:
+            raise NonDeterministic(
+                f"two identical products with the Hessian of the lower objective differ by {float(gap):.0%} at step 0: "
+                "its randomness does not come from torch's global generator, or it depends on state of its own. Draw "
+                "from torch's global generator (it is seeded for each step), or from the batch."
+            )
+
+    def _core(self) -> SecondDerivatives:
+        oracles = self.oracles
+        return second_derivatives(oracles.way, oracles.lower_at(0), oracles.x_layout, oracles.y_layout, self.x, self.y)
+
+    @cached_property
+    def _differences(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Differences for H v and J^T v at two step sizes, and the error of the first from rounding."""
+        oracles = self.oracles
+        differences = Differences(oracles.lower_at(0), oracles.x_layout, oracles.y_layout, self.x, self.y)
+        pairs = zip(differences.both(self.v), differences.both(self.v, shrink=0.1), strict=True)
+        return [(coarse, fine, rounding) for (coarse, rounding), (fine, _) in pairs]
 
 
 def _memory(device: torch.device) -> int:
