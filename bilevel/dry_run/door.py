@@ -122,7 +122,7 @@ def _check_finite(name: str, flat: Tensor, layout: Layout) -> None:
 @contextmanager
 def _modules_kept(problem: Problem) -> Iterator[dict[str, Kept]]:
     """Put back, at the end, what the dry run changes in modules; yield those that no objective may change."""
-    held, committed = modules_held(problem.upper, problem.lower, problem.constraint)
+    held, committed = modules_held(problem.upper, problem.lower, problem.constraint, problem.equality)
     watched = {f"{type(module).__name__}#{i}": Kept.of_module(module) for i, module in enumerate(held)}
     kept = [*watched.values(), *(Kept.of_module(module) for module in committed)]
     try:

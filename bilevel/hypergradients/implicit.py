@@ -80,7 +80,24 @@ class Implicit(Estimator):
             raise InvalidProblem(f"Implicit(strong_convexity=...) must be > 0, got {self.strong_convexity}.")
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ImplicitState:
-        """Return the state without a warm start."""
+        """Return the state without a warm start.
+
+        Raises:
+            InvalidProblem: the lower level is constrained or has kinks, where the implicit function theorem says less.
+        """
+        problem = oracles.problem
+        parts = {
+            "lower_set": problem.lower_set,
+            "constraint": problem.constraint,
+            "equality": problem.equality,
+            "regularizer": None if problem.regularizer is None or problem.regularizer.smooth else problem.regularizer,
+        }
+        for name, part in parts.items():
+            if part is not None:
+                raise InvalidProblem(
+                    f"Implicit does not handle Problem({name}=...): it holds at unconstrained minima of smooth lower "
+                    "objectives, and would answer wrongly elsewhere. State a penalty, or a smooth regularizer (L2)."
+                )
         return ImplicitState(None, None, None, 0)
 
     def estimate(
