@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bilevel.data import DataSource, Full, Shuffled
+from bilevel.data import Full, Shuffled
+from bilevel.dry_run import open_oracles
 from bilevel.modules import FunctionalModule, functional
+from bilevel.optimizers import LBFGS
 from bilevel.problem import Problem
 from bilevel.problems._base import Task
 from bilevel.regularizers import L2
@@ -26,6 +29,7 @@ def clean(
     net: nn.Module | None = None,
     decay: float = 0.01,
     batch_size: int | None = None,
+    train_steps: int | None = None,
     steps: int = 60,
     test: tuple[Any, Any] | None = None,
     true_labels: Any = None,
@@ -43,11 +47,14 @@ def clean(
         labels: `[n]`, classes from 0; some may be wrong.
         validation_inputs: `[m, *]`, trusted.
         validation_labels: `[m]`.
-        net: maps inputs `[b, *]` to logits `[b, classes]`; its parameters now are the start. A linear softmax model
-            that starts at 0 if None.
+        net: maps inputs `[b, *]` to logits `[b, classes]`; a copy of it is trained, from its parameters as they are. A
+            linear softmax model that starts at 0 if None.
         decay: >= 0, of all parameters. It is what keeps f from fitting the trusted examples by heart: with little of
             it, choose it and the steps by trusted examples held back.
         batch_size: of the training data, for what is too large to go through at every step; all of it if None.
+        train_steps: L-BFGS steps that train the net before any weight moves, so that the start is near a minimum: away
+            from one, a network curves downwards in places, and implicit solvers rightly refuse. None: 300 for a net,
+            none for the linear model.
         steps: `task.steps`.
         test: `(inputs, labels)` for `task.evaluate`; no solver sees them.
         true_labels: `[n]`, where they are known: `task.evaluate` then tells how well wrong labels were found.
@@ -85,16 +92,18 @@ def clean(
         return F.cross_entropy(model(y, batch[0]), batch[1])
 
     count = len(train[1])
-    lower_data: DataSource = Full((*train, torch.arange(count, device=train[1].device)))
-    if batch_size is not None:
-        lower_data = Shuffled(train, batch_size, with_index=True)
+    everything = Full((*train, torch.arange(count, device=train[1].device)))
+    lower_data = everything if batch_size is None else Shuffled(train, batch_size, with_index=True)
     problem = Problem(upper=upper, lower=lower, upper_data=Full(trusted), lower_data=lower_data, regularizer=L2(decay))
+    start = train[0].new_zeros(count)
     y0 = model.parameters()
-    start = next(iter(y0.values())).new_zeros(count)
+    more = (0 if net is None else 300) if train_steps is None else train_steps
+    if more > 0:
+        y0 = _trained(replace(problem, lower_data=everything), start, y0, more)
     evaluate = _judge(
         model,
         None if test is None else _examples("test", *test),
-        None if true_labels is None else _tensor(true_labels).to(train[1]) != train[1],
+        None if true_labels is None else _examples("true_labels", inputs, true_labels)[1] != train[1],
     )
     return Task(name, problem, start, y0, steps=steps, evaluate=evaluate, source=source)
 
@@ -131,6 +140,13 @@ def _judge(
         return said if wrong is None else said | detection(x, wrong)
 
     return evaluate
+
+
+def _trained(problem: Problem, x: Tensor, y: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+    oracles, flat_x, flat_y = open_oracles(problem, x, y, needs_hvp=False)
+    minimum = LBFGS(tol=1e-5, max_steps=steps).minimize(lambda point: oracles.lower_gradient(flat_x, point), flat_y)
+    found: dict[str, Tensor] = oracles.y_layout.unflatten(minimum.y)
+    return found
 
 
 def _linear(inputs: Tensor, classes: int) -> nn.Module:

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say(table(rows, COLUMNS))
     _say(
         f"\nLeast validation loss: {best_row(rows)['method']}. Of the accuracy between 'all' and 'clean only' it "
-        f"recovers {recovered(rows):.0%}, and {recovered(rows, 'retrained_accuracy'):.0%} after training anew on what it keeps."
+        f"recovers {recovered(rows):.0%},\nand {recovered(rows, 'retrained_accuracy'):.0%} after training anew on the "
+        "digits it keeps and the validation digits."
     )
     if options.json:
         shares = {"replaced": float(digits.replaced.double().mean()), "wrong": float(digits.wrong.double().mean())}

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bilevel.compare import describe
-from bilevel.demo.training import accuracy, joined, train, trained_best, where
+from bilevel.demo.training import accuracy, joined, logits, train, trained_best, where
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom, NystromPreconditioner
 from bilevel.loop import solve
@@ -114,6 +115,14 @@ def recovered(rows: Sequence[Row], column: str = "test_accuracy") -> float:
     return float((best_row(rows)[column] - low) / (high - low)) if high > low else float("nan")
 
 
-def surest(x: Tensor, count: int) -> Tensor:
-    """Return the examples judged most surely wrong, the surest first."""
-    return torch.argsort(x)[:count]
+def surest(digits: Digits, solution: Solution) -> Tensor:
+    """Return the digits that the solution drops, first those whose label its own model finds the least likely.
+
+    The weights themselves tell less: Adam moves all of them at about the same speed.
+    """
+    x: Any = solution.best_x
+    y: Any = solution.best_y
+    dropped = torch.nonzero(~kept(x)).flatten()
+    found = logits(torch.cat([y["1.weight"].T, y["1.bias"].unsqueeze(0)]), digits.images[dropped])
+    surprise = F.cross_entropy(found, digits.given[dropped], reduction="none")
+    return dropped[torch.argsort(surprise, descending=True)]

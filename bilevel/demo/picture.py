@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.demo.methods import best_row, surest
-from bilevel.problems import kept
 from bilevel.problems.hyper_cleaning import Digits
 from bilevel.report import Row
 from bilevel.solution import Solution
@@ -30,24 +29,25 @@ def draw(path: str | Path, digits: Digits, rows: list[Row], solutions: Mapping[s
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InvalidProblem("the picture needs matplotlib: pip install 'bilevel[plot]'.") from error
-    figure = Figure(figsize=(14, 6.6), facecolor="white")
+    figure = Figure(figsize=(14, 7), facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        1, 2, width_ratios=(1.0, 1.12), left=0.055, right=0.985, top=0.84, bottom=0.1, wspace=0.09
+        1, 2, width_ratios=(1.0, 1.12), left=0.055, right=0.985, top=0.8, bottom=0.105, wspace=0.09
     )
     _losses(figure.add_subplot(grid[0]), rows, solutions)
     _digits(figure, grid[1], digits, solutions[best_row(rows)["method"]])
     wrong = float(digits.wrong.double().mean())
     figure.text(
-        0.055, 0.945, f"{wrong:.0%} of {len(digits.given):,} labels are wrong. Which ones?", fontsize=19,
+        0.055, 0.935, f"{wrong:.0%} of {len(digits.given):,} labels are wrong. Which ones?", fontsize=19,
         fontweight="bold", color=INK,
     )  # fmt: skip
     figure.text(
-        0.055, 0.9,
+        0.055, 0.895,
         f"One weight per training digit, learned so that the weighted model does well on "
         f"{len(digits.validation.targets):,} clean digits.",
-        fontsize=12, color=FAINT,
+        fontsize=12.5, color=FAINT,
     )  # fmt: skip
+    figure.text(0.055, 0.835, "Validation loss", fontsize=12.5, color=INK)
     figure.savefig(path, dpi=130)
 
 
@@ -61,7 +61,6 @@ def _losses(axes: Any, rows: list[Row], solutions: Mapping[str, Solution]) -> No
         axes.plot(cost, history["upper_value"], color=color, linewidth=2, label=name + note, solid_capstyle="round")
         axes.plot(cost[-1], history["upper_value"][-1], "o", color=color, markersize=6)
     axes.set_xlabel("gradients + Hessian-vector products + cross products", color=INK)
-    axes.set_title("validation loss", loc="left", fontsize=12.5, color=INK)
     axes.set_yscale("log")
     axes.set_yticks([0.4, 0.5, 0.6, 0.8, 1.0], [f"{v:g}" for v in (0.4, 0.5, 0.6, 0.8, 1.0)])
     axes.minorticks_off()
@@ -75,14 +74,13 @@ def _losses(axes: Any, rows: list[Row], solutions: Mapping[str, Solution]) -> No
 
 def _digits(figure: Any, cell: Any, digits: Digits, solution: Solution) -> None:
     wrong = digits.wrong
-    x: Any = solution.best_x
-    order = surest(x, len(x))
+    order = surest(digits, solution)
     sure = order[: ACROSS * (DOWN - 1)].tolist()
-    mistakes = order[(~kept(x) & ~wrong)[order]][:ACROSS].tolist()
+    mistakes = order[~wrong[order]][:ACROSS].tolist()
     inner = cell.subgridspec(DOWN, ACROSS, wspace=0.12, hspace=0.42)
     for place, index in enumerate(sure + mistakes):
         axes = figure.add_subplot(inner[place // ACROSS, place % ACROSS])
-        axes.imshow(digits.images[index].view(28, 28), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(digits.images[index].view(28, 28).numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
         right = bool(wrong[index])
@@ -93,8 +91,9 @@ def _digits(figure: Any, cell: Any, digits: Digits, solution: Solution) -> None:
         text = f"“{given}”, is {true}" if right else f"“{given}”, it is"
         axes.set_title(text, fontsize=10, color=RIGHT if right else WRONG, pad=3)
     hits = sum(bool(wrong[index]) for index in sure)
-    box = cell.get_position(figure)
-    figure.text(box.x0, 0.9, f"Judged most surely wrong: {hits} of these {len(sure)} are.", fontsize=12, color=RIGHT)
-    figure.text(
-        box.x0, 0.045, "Last row: surest among its mistakes, right labels judged wrong.", fontsize=12, color=WRONG
-    )
+    precision = float(wrong[order].double().mean()) if len(order) else 0.0
+    left = cell.get_position(figure).x0
+    text = f"{len(order):,} labels judged wrong, {precision:.0%} rightly. The surest: {hits} of {len(sure)} rightly."
+    figure.text(left, 0.835, text, fontsize=12.5, color=RIGHT)
+    text = "Last row: its surest mistakes, right labels judged wrong."
+    figure.text(left, 0.045, text, fontsize=12.5, color=WRONG)
