@@ -193,18 +193,24 @@ class KKT(Solver[KKTState]):
     def _minimize(
         self, system: KKTSystem, start: Tensor, equalities: Vector, inequalities: Vector, bounds: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Minimize f under constraints with SciPy, with exact first derivatives; returns the start where it fails."""
-        minimize, scipy_bounds = _scipy()
+        """Minimize f under constraints with SciPy, with exact derivatives; returns the start where it fails."""
+        minimize, scipy_bounds, nonlinear = _scipy()
         clamped = start.clamp(*bounds)
-        # Equal rows come with multipliers that are not unique; the report checks all of them in the end.
+        # Dependent rows have multipliers that are not unique, on which SLSQP stops; the report checks all rows again.
         kept = _independent(torch.func.jacrev(equalities)(clamped))
-        constraints = []
+        constraints: list[Any] = []
         for kind, function in (("eq", lambda v: equalities(v)[kept]), ("ineq", inequalities)):
-            if len(function(clamped)):
-                value, jacobian = _numpy(function, start), _numpy(torch.func.jacrev(function), start)
+            if not len(function(clamped)):
+                continue
+            value, jacobian = _numpy(function, start), _numpy(torch.func.jacrev(function), start)
+            if self.method == "SLSQP":
                 constraints.append({"type": kind, "fun": value, "jac": jacobian})
-        options = {"maxiter": self.max_steps}
+            else:
+                above = 0.0 if kind == "eq" else float("inf")
+                constraints.append(nonlinear(value, 0.0, above, jac=jacobian, hess=_curvature(function, start)))
+        options: dict[str, Any] = {"maxiter": self.max_steps}
         options |= {"ftol": 1e-14} if self.method == "SLSQP" else {"xtol": 1e-12, "gtol": 1e-10}
+        second = {} if self.method == "SLSQP" else {"hess": _numpy(torch.func.hessian(system.upper), start)}
         found = minimize(
             _numpy(system.upper, start),
             clamped.cpu().numpy(),
@@ -213,6 +219,7 @@ class KKT(Solver[KKTState]):
             constraints=constraints,
             method=self.method,
             options=options,
+            **second,
         )
         end = torch.as_tensor(found.x, dtype=start.dtype, device=start.device)
         return end if bool(end.isfinite().all()) else start
@@ -227,11 +234,11 @@ class KKT(Solver[KKTState]):
 
     def _gap(self, system: KKTSystem, x: Tensor, y: Tensor) -> Tensor:
         """Solve the lower level alone, from y and from points around it, and return how much lower it gets."""
-        minimize, scipy_bounds = _scipy()
+        minimize, scipy_bounds, _ = _scipy()
         constraints = []
         for kind, sign, function in (("eq", 1.0, system.equality), ("ineq", -1.0, system.constraint)):
             if len(function(x, y)):
-                part: Vector = lambda point, sign=sign, function=function: sign * function(x, point)  # noqa: E731
+                part = _scaled(function, sign, x)
                 constraints.append({"type": kind, "fun": _numpy(part, y), "jac": _numpy(torch.func.jacrev(part), y)})
         generator = torch.Generator().manual_seed(self.seed)
         best = system.lower(x, y)
@@ -274,13 +281,27 @@ def _independent(rows: Tensor) -> Tensor:
     return torch.tensor(kept, dtype=torch.int64, device=rows.device)
 
 
+def _scaled(function: Callable[[Tensor, Tensor], Tensor], sign: float, x: Tensor) -> Vector:
+    return lambda y: sign * function(x, y)
+
+
 def _numpy(function: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Any], Any]:
     return lambda v: function(torch.as_tensor(v, dtype=like.dtype, device=like.device)).detach().cpu().numpy()
 
 
-def _scipy() -> tuple[Any, Any]:
+def _curvature(function: Vector, like: Tensor) -> Callable[[Any, Any], Any]:
+    """Return (v, weights) -> the Hessian of <weights, function>, on arrays."""
+
+    def hessian(v: Any, weights: Any) -> Any:
+        along = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+        return _numpy(torch.func.hessian(lambda point: function(point) @ along), like)(v)
+
+    return hessian
+
+
+def _scipy() -> tuple[Any, Any, Any]:
     try:
-        from scipy.optimize import Bounds, minimize
+        from scipy.optimize import Bounds, NonlinearConstraint, minimize
     except ImportError as error:
         raise ImportError("the reference solver needs SciPy: pip install 'bilevel[scipy]'") from error
-    return minimize, Bounds
+    return minimize, Bounds, NonlinearConstraint
