@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel.linear._base import LinearSolution, LinearSolver, Operator, dot, norm
-from bilevel.linear._krylov import Correction, Tridiagonal, correct
+from bilevel.linear._krylov import MOST_RITZ, Correction, Tridiagonal, correct
 from bilevel.linear._rows import (
+    CODE,
     OPEN,
     Products,
     at_door,
@@ -22,6 +24,10 @@ from bilevel.linear._rows import (
 )
 from bilevel.linear.preconditioners import Preconditioner, Prepared
 from bilevel.status import Status
+
+SHORT = 16_384
+"""Longest vector that is converted to float64 for a product; of longer ones, `PIECE` terms are added in float32."""
+PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,10 @@ class CG(LinearSolver):
         if self.preconditioner is not None:
             prepared = self.preconditioner.prepare(operator, b, self.damping)
             products.count += prepared.products
-        kernel = partial(self._descend, products, prepared)
+        # One row on a CPU keeps its scalars as Python numbers: forty operations a step on tensors of one entry cost as
+        # much as a product with a small network.
+        alone = b.dim() == 1 and b.device.type == "cpu" and self.check_every in (None, 1)
+        kernel = partial(self._descend_alone if alone else self._descend, products, prepared)
         steps = 2 * b.shape[-1] if self.max_steps is None else self.max_steps
         return correct(kernel, products, b, x0, self.tol if tol is None else tol, steps)
 
@@ -124,8 +133,8 @@ class CG(LinearSolver):
             lanczos.diagonal.append(torch.where(working, energy / rho + carried, torch.nan))
             working = working & (codes == OPEN)
             a = torch.where(working, rho / energy, 0.0)
-            e = e + (a * p).to(e.dtype)
-            r = r - (a * q).to(e.dtype)
+            e = torch.addcmul(e, a.to(e.dtype), p)
+            r = torch.addcmul(r, a.to(e.dtype), q, value=-1)
             size = norm(r)
             # Below eps ‖A‖ ‖e‖ the recurrence shrinks on, but the true residual no longer follows.
             reached = size <= torch.maximum(target, eps / 10 * high * norm(e))
@@ -139,7 +148,7 @@ class CG(LinearSolver):
             beta = rho / last
             lanczos.beside.append(torch.where(working, beta.sqrt() / a, torch.nan))
             carried = beta / a
-            p = torch.where(working, z + (beta * p).to(e.dtype), 0.0)
+            p = torch.where(working, torch.addcmul(z, beta.to(e.dtype), p), 0.0)
             if step % period == 0 and not bool(working.any()):
                 break
         if prepared is None:
@@ -149,3 +158,85 @@ class CG(LinearSolver):
         lost = norm(r) > norm(start)
         hopeless = lost & (low <= 10 * eps * high)
         return Correction(torch.where(lost, best, e), mark(codes, hopeless, Status.SINGULAR), step, low, high)
+
+    def _descend_alone(
+        self, products: Products, prepared: Prepared | None, start: Tensor, target: Tensor, active: Tensor, budget: int
+    ) -> Correction:
+        """Do the same for one row `[d]` on a CPU, where reading a number is free."""
+        precondition = prepared.apply if prepared is not None else (lambda v: v)
+        eps = 10 * torch.finfo(start.dtype).eps if self.flat is None else self.flat
+        goal, first = float(target), float(norm(start))
+        e, r = torch.zeros_like(start), start.clone()
+        kept: Tensor | None = None  # the best iterate, once a worse one has followed
+        z = precondition(r)
+        p, rho, size = z.clone(), _dot(r, z), first
+        length = _dot(p, p)
+        low, high, least, carried, travelled, step = math.inf, -math.inf, math.inf, 0.0, 0.0, 0
+        code = OPEN if rho > 0 else CODE[Status.BREAKDOWN]
+        diagonal: list[float] = []
+        beside: list[float] = []
+        while code == OPEN and step < budget:
+            step += 1
+            q = products(p)
+            energy = _dot(p, q)
+            rayleigh = energy / length if length > 0 else math.nan
+            low, high = min(low, rayleigh), max(high, rayleigh)
+            floor = eps * max(abs(low), abs(high)) * length
+            diagonal.append(energy / rho + carried)
+            if not math.isfinite(energy):
+                code = CODE[Status.NON_FINITE]
+            elif energy <= floor:
+                code = CODE[Status.NEGATIVE_CURVATURE if energy < -floor else Status.SINGULAR]
+            if code != OPEN:
+                break
+            a = rho / energy
+            r.add_(q, alpha=-a)
+            size = float(norm(r)) if prepared is not None else math.sqrt(_dot(r, r))
+            if size < least:
+                least, kept = size, None
+            elif kept is None:
+                kept = e.clone()
+            e.add_(p, alpha=a)
+            travelled += a * math.sqrt(length)
+            # Below eps ‖A‖ ‖e‖ the recurrence shrinks on, but the true residual no longer follows. ‖e‖ <= travelled.
+            rounding = eps / 10 * high
+            if size <= goal or (size <= rounding * travelled and size <= rounding * float(norm(e))):
+                code = CODE[Status.CONVERGED]
+                break
+            z = precondition(r)
+            last, rho = rho, _dot(r, z) if prepared is not None else size * size
+            if not rho > 0:
+                code = CODE[Status.BREAKDOWN]
+                break
+            beta = rho / last
+            beside.append(math.sqrt(beta) / a)
+            carried = beta / a
+            p = torch.add(z, p, alpha=beta)
+            # r is orthogonal to the last direction, to rounding.
+            length = rho + beta * beta * length if prepared is None else _dot(p, p)
+        if prepared is None and diagonal:
+            rows = diagonal[:MOST_RITZ], beside[: min(len(diagonal), MOST_RITZ) - 1]
+            ritz = Tridiagonal(*([target.new_tensor(row)] for row in rows)).extremes()
+            low, high = min(low, float(ritz[0])), max(high, float(ritz[1]))
+        if size > first:
+            e = e if kept is None else kept
+            code = CODE[Status.SINGULAR] if code == OPEN and low <= 10 * eps * high else code
+        return Correction(
+            e, torch.full_like(target, code, dtype=torch.int64), step, *target.new_tensor([[low], [high]])
+        )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two vectors on a CPU, accumulated in float64 as far as it matters.
+
+    Sums of `PIECE` terms in the vectors' own precision were measured to leave a relative error of 4e-9 at d = 240,000,
+    less than the rounding of one entry, in half the time of a conversion.
+    """
+    length = a.shape[0]
+    if a.dtype != torch.float32 or length <= SHORT:
+        return float(torch.dot(a.double(), b.double()))
+    whole = length - length % PIECE
+    pieces = torch.linalg.vecdot(a[:whole].view(-1, PIECE), b[:whole].view(-1, PIECE))
+    total = float(pieces.sum(dtype=torch.float64)) + float(torch.dot(a[whole:].double(), b[whole:].double()))
+    # Squares of tiny or huge entries leave float32's range.
+    return total if 1e-25 < abs(total) < 1e30 else float(torch.dot(a.double(), b.double()))
