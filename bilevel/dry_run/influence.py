@@ -66,7 +66,7 @@ def check_effective(oracles: Oracles, x: Tensor, y: Tensor, values: dict[Level, 
 def _stepped(
     oracles: Oracles, x: Tensor, y: Tensor, values: dict[Level, Tensor], leaves: list[int], fractions: Sequence[float]
 ) -> list[Level]:
-    """Return the levels whose value changes where leaves of x move, the gradient in one of them zero all along."""
+    """Return the levels whose value changes where leaves of x move, if one of them has a zero gradient all along."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     moved = torch.zeros_like(x)
@@ -75,19 +75,20 @@ def _stepped(
     ):
         if index in leaves:
             view.copy_(length)
-    # All up and all down for thresholds, some up and some down for argmax and sorting.
+    # Neighbors move apart, for argmax and sorting, and each entry once up and once down, for thresholds.
     turned = torch.where(torch.arange(len(x), device=x.device) % 2 == 0, moved, -moved)
-    directions = [moved, -moved, turned, -turned]
     found: list[Level] = []
     for level in get_args(Level):
-        for direction in directions:
+        for direction in (turned, -turned):
             points = [oracles.project_x(x + fraction * direction) for fraction in fractions]
             seen = [_look(oracles, level, point, y, leaves) for point in points]
             known = [pair for pair in seen if pair is not None]
+            if not all(zero for _, zero in known):
+                return []  # they have a slope after all
             changed = any(
                 bool(abs(value - values[level]).max() > 1e-5 * abs(values[level]).max()) for value, _ in known
             )
-            if changed and len(known) == len(seen) and all(zero for _, zero in known):
+            if changed and len(known) == len(seen):
                 found.append(level)
                 break
     return found
