@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,9 @@ def spread(rows: Sequence[Row]) -> list[Row]:
         for key in dict.fromkeys(key for row in group for key in row):
             values = [row[key] for row in group if isinstance(row.get(key), int | float)]
             if key != "seed" and values:
-                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                # statistics.stdev fails on values that are not finite (an error that could not be estimated).
+                finite = all(math.isfinite(value) for value in values)
+                deviation = (statistics.stdev(values) if len(values) > 1 else 0.0) if finite else math.nan
                 line[key] = f"{statistics.mean(values):.4g} ± {deviation:.2g}"
         summary.append(line)
     return summary
