@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_solvers(text: str) -> dict[str, Solver[Any]]:
     """Read solvers written as in Python: `implicit, neumann(terms=3)`, or `all`.
 
-    Options are literals. The text is parsed, never evaluated.
+    Options are literals. Case and underscores of names do not matter. The text is parsed, never evaluated.
 
     Example:
         >>> list(parse_solvers("implicit,neumann(terms=3)"))
@@ -56,17 +56,22 @@ def parse_solvers(text: str) -> dict[str, Solver[Any]]:
 
 def _solver(node: ast.expr) -> Solver[Any]:
     name = node.func if isinstance(node, ast.Call) else node
-    if not isinstance(name, ast.Name) or name.id not in solvers.__all__:
+    known = {_plain(solver): solver for solver in solvers.__all__}
+    if not isinstance(name, ast.Name) or _plain(name.id) not in known:
         raise InvalidProblem(f"no solver {ast.unparse(name)!r}; there are {', '.join(solvers.__all__)}.")
     keywords = node.keywords if isinstance(node, ast.Call) else []
     if (isinstance(node, ast.Call) and node.args) or any(keyword.arg is None for keyword in keywords):
         raise InvalidProblem(f"solver {ast.unparse(node)!r}: name each option, as in neumann(terms=3).")
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
     try:
-        made: Solver[Any] = getattr(solvers, name.id)(**options)
+        made: Solver[Any] = getattr(solvers, known[_plain(name.id)])(**options)
     except TypeError as error:
         raise InvalidProblem(f"solver {ast.unparse(node)!r}: {error}.") from error
     return made
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "")
 
 
 def make_task(name: str) -> Callable[[int], Task]:

@@ -118,6 +118,7 @@ def test_compare_from_python_uses_the_tasks_own_steps() -> None:
 def test_solver_texts_are_parsed_not_evaluated() -> None:
     assert list(cli.parse_solvers("all")) == list(bilevel.solvers.__all__)
     assert cli.parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
+    assert list(cli.parse_solvers("hypergradient_descent,Implicit")) == ["hypergradient_descent", "Implicit"]
     for text in ("implicit(**{})", "neumann(3)"):
         with pytest.raises(InvalidProblem, match="name each option"):
             cli.parse_solvers(text)
