@@ -207,6 +207,10 @@ class Oracles:
         core = second_derivatives(self.way, self.lower_at(step), self.x_layout, self.y_layout, x, y)
         return Linearization(self, core, self.declared(x), x, y, step)
 
+    def upper_at(self, step: int) -> Callable[[Leaves, Leaves], Tensor]:
+        """Return the upper objective of one step as a function of leaves."""
+        return lambda xs, ys: self._evaluate("upper", step, xs, ys)
+
     def lower_at(self, step: int) -> Callable[[Leaves, Leaves], Tensor]:
         """Return the traced lower objective of one step as a function of leaves."""
         return lambda xs, ys: self._evaluate("lower", step, xs, ys)
@@ -267,7 +271,8 @@ class Oracles:
         objective = getattr(self.problem, name)
         batch = self.batch(level, step)
         if rows is not None:
-            batch = rebuild(batch, iter([tensor[rows] for tensor in tensors_in(batch)]))
+            cut = (leaf[rows] if isinstance(leaf, Tensor) else leaf for _, leaf in named_leaves(batch))
+            batch = rebuild(batch, cut)
         x = self.x_layout.nest(xs)
         with random_state(self._seed(level, step), self.x_layout.device):
             if self.problem.blocks is None:
@@ -287,7 +292,7 @@ class Linearization:
     Attributes:
         value: g, 0-dim.
         gradient: dg/dy, shaped like y.
-        diagonal: the declared part of H, exact, shaped like y; None without a regularizer.
+        diagonal: the diagonal of the declared part of H, exact, shaped like y; None without a regularizer.
     """
 
     def __init__(
@@ -302,13 +307,13 @@ class Linearization:
         """Return H v, shaped like y. One HVP."""
         self._count("hvps", 1)
         product = self._core.hvp(v)
-        return product if self.diagonal is None else product + self.diagonal * v
+        return product + self._declared.hvp(self._y, v)
 
     def hvps(self, vectors: Tensor) -> Tensor:
         """Return H applied to k vectors `[k, *]`, as many at a time as memory allows. k HVPs."""
         self._count("hvps", len(vectors))
         product = self._core.hvps(vectors, self._oracles.chunk)
-        return product if self.diagonal is None else product + self.diagonal * vectors
+        return product + self._declared.hvp(self._y, vectors)
 
     def cross(self, v: Tensor) -> Tensor:
         """Return J^T v = d<dg/dy, v>/dx, `[p]`. About one HVP."""
