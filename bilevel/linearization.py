@@ -180,8 +180,9 @@ class Differences(SecondDerivatives):
             (ahead_y, behind_y),
             (join(self._x_layout, ahead_x, (), self._x), join(self._x_layout, behind_x, (), self._x)),
         )
+        width = 2 * step.flatten()
         eps = torch.finfo(v.dtype).eps
-        return [((a - b) / (2 * step).flatten(), eps * (a.norm() + b.norm()) / (2 * step).flatten()) for a, b in pairs]
+        return [((a - b) / width, (eps * (a.norm() + b.norm()) / width).sum()) for a, b in pairs]
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return J^T v by differences of dg/dx: it sums over rows, so all rows take one step."""
