@@ -18,7 +18,17 @@ from bilevel.problem import Problem
 from bilevel.progress import Bar
 from bilevel.solution import History, Solution
 from bilevel.solvers._base import Solver
-from bilevel.status import BilevelError, Diverged, InvalidProblem, LinearSolveFailed, NonFinite, SolveFailed, Status
+from bilevel.status import (
+    BilevelError,
+    Diverged,
+    Infeasible,
+    InvalidProblem,
+    LinearSolveFailed,
+    MultipliersUnbounded,
+    NonFinite,
+    SolveFailed,
+    Status,
+)
 
 OnNonFinite: TypeAlias = Literal["raise", "skip", "backtrack"]
 BACKTRACKS = 10
@@ -85,13 +95,17 @@ def solve(
             after, trouble = None, None
             try:
                 after = solver.step(oracles, state)
+                solver.inspect(oracles, after)
                 trouble = _trouble(oracles, after) or run.runaway(after, on_nonfinite)
             except LinearSolveFailed as error:
                 run.end(error.status, str(error))
                 break
-            except (NonFinite, Diverged) as error:
-                if isinstance(error, Diverged) and on_nonfinite != "backtrack":
-                    run.end(Status.DIVERGED, str(error))
+            except MultipliersUnbounded as error:
+                run.end(Status.CQ_FAILURE, str(error))
+                break
+            except (NonFinite, Diverged, Infeasible) as error:
+                if not isinstance(error, NonFinite) and on_nonfinite != "backtrack":
+                    run.end(Status.DIVERGED if isinstance(error, Diverged) else Status.INFEASIBLE, str(error))
                     break
                 trouble = str(error)
             if trouble and on_nonfinite == "backtrack" and halvings < BACKTRACKS:

@@ -52,7 +52,9 @@ class Session:
         Raises:
             BilevelError: what the solver raises; the session then stands where it stood before.
         """
-        self._state = self.solver.step(self._oracles, self._state)
+        state = self.solver.step(self._oracles, self._state)
+        self.solver.inspect(self._oracles, state)
+        self._state = state
         metrics: Metrics = self._state.metrics
         return metrics
 

@@ -32,6 +32,14 @@ class Status(enum.Enum):
     )
     DIVERGED = "diverged: lower the step size below 2 / (largest curvature)"
     NON_FINITE = "a value became infinite or not a number"
+    INFEASIBLE = (
+        "no lower variables satisfy the constraints at this x: shrink the upper set, or relax the constraints; "
+        "feasible is constraint <= 0 and equality = 0"
+    )
+    CQ_FAILURE = (
+        "the multipliers of the lower constraints run away because no constraint qualification holds: restate the "
+        "constraints (no squares of equations, no equation as two inequalities), or relax them a little"
+    )
 
     @property
     def ok(self) -> bool:
@@ -74,6 +82,25 @@ class NonFinite(BilevelError, FloatingPointError):
 
 class Diverged(BilevelError):
     """The lower iterates run away."""
+
+
+class Infeasible(BilevelError, ValueError):
+    """No feasible point was found: at the start, or of the lower level at some x.
+
+    Args:
+        message: what is violated, where, and what to try.
+        index: of the most violated entry (of the constraint, then of the equality).
+        amount: by how much it is violated.
+        last_good: the last finite `(x, y)`.
+    """
+
+    def __init__(self, message: str, *, index: int, amount: float, last_good: Any = None) -> None:
+        super().__init__(message, last_good=last_good)
+        self.index, self.amount = index, amount
+
+
+class MultipliersUnbounded(BilevelError):
+    """The multipliers of the lower constraints run away at a feasible point: no constraint qualification holds."""
 
 
 class DataExhausted(BilevelError):
@@ -120,3 +147,11 @@ class IneffectiveHyperparameter(BilevelWarning):
 
 class PrecisionWarning(BilevelWarning):
     """Numbers were promoted or are held in another precision than the user's."""
+
+
+class MultiplierAtBound(BilevelWarning):
+    """A multiplier reached its bound: if the true one is larger, the answer is wrong."""
+
+
+class InfeasibleStart(BilevelWarning):
+    """No lower variables are feasible at x0, so the start was moved in x."""

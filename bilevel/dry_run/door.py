@@ -18,6 +18,7 @@ from bilevel import second_order
 from bilevel.dry_run.captured import Kept, modules_held
 from bilevel.dry_run.errors import detached, explained
 from bilevel.dry_run.influence import check_effective, check_used
+from bilevel.feasibility import feasible_start
 from bilevel.layout import HALF, Layout, Variables, named_leaves
 from bilevel.linearization import gradients, leaves_of
 from bilevel.oracles import Counts, Level, Oracles, tensors_in
@@ -69,6 +70,7 @@ def open_oracles(
     if problem.regularizer is not None:
         problem.regularizer.check(x_layout.unflatten(x), y_layout)
     with _modules_kept(problem) as modules:
+        x, y = feasible_start(oracles, x, y)
         _try_out(oracles, x, y, modules, needs_hvp)
     oracles.counts = Counts()
     return oracles, x, y

@@ -87,6 +87,15 @@ class Solver(ABC, Generic[S]):
     def backtracked(self, factor: float) -> Solver[S]:
         """Return this solver with upper steps `factor` times as long."""
 
+    def inspect(self, oracles: Oracles, state: S) -> None:
+        """Warn or raise about a state between two steps; unlike `step` it may wait for the device.
+
+        Raises:
+            Diverged: the iterates run away.
+            Infeasible: the lower level has no feasible point at the state's x.
+            MultipliersUnbounded: the multipliers of its constraints run away.
+        """
+
     def certify(self, oracles: Oracles, state: S) -> Estimate | None:
         """Return the certified hypergradient at the state's x and its own y, None for solvers that form none."""
         return None
