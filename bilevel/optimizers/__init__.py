@@ -4,7 +4,7 @@ from bilevel.optimizers._base import Minimum, Optimizer
 from bilevel.optimizers.adam import Adam, AdamW
 from bilevel.optimizers.from_torch import from_torch
 from bilevel.optimizers.lbfgs import LBFGS
-from bilevel.optimizers.schedules import Cosine, StepDecay
+from bilevel.optimizers.schedules import Cosine, Power, StepDecay
 from bilevel.optimizers.sgd import SGD
 
-__all__ = ["LBFGS", "SGD", "Adam", "AdamW", "Cosine", "Minimum", "Optimizer", "StepDecay", "from_torch"]
+__all__ = ["LBFGS", "SGD", "Adam", "AdamW", "Cosine", "Minimum", "Optimizer", "Power", "StepDecay", "from_torch"]

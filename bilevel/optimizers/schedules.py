@@ -9,7 +9,8 @@ from typing import Any, final
 from torch import Tensor
 
 from bilevel.optimizers._base import Hyperparameter, at
-from bilevel.optimizers._hyperparameters import check, check_count
+from bilevel.optimizers._hyperparameters import check, check_count, is_number
+from bilevel.status import InvalidProblem
 
 
 @final
@@ -87,3 +88,47 @@ class StepDecay:
     def __call__(self, x: Any, step: int) -> float | Tensor:
         """Return the value at `step` >= 0."""
         return at(self.start, x, step) * at(self.factor, x, step) ** (step // self.every)
+
+
+@final
+@dataclass(frozen=True)
+class Power:
+    """A value that grows or decays like a power of the step, up to a limit.
+
+        start ((step + offset) / offset)^exponent,  never beyond `limit`
+
+    Args:
+        start: value at step 0.
+        exponent: positive to grow, negative to decay.
+        offset: > 0; up to about this step the value stays near its start.
+        limit: largest value of a growing schedule, smallest of a decaying one; None: no limit.
+
+    Raises:
+        InvalidProblem: an option is of a wrong type or out of its range.
+
+    Example:
+        >>> [Power(2.0, 1.0, limit=6.0)(None, step) for step in range(4)]
+        [2.0, 4.0, 6.0, 6.0]
+    """
+
+    start: float
+    exponent: float
+    _: KW_ONLY
+    offset: float = 1.0
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "exponent", "offset"):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value) or (name == "offset" and not value > 0):
+                wanted = "a finite number" + (" > 0" if name == "offset" else "")
+                raise InvalidProblem(f"Power({name}=...) must be {wanted}, got {value!r}")
+        if self.limit is not None:
+            check("limit", self.limit, -math.inf, math.inf)
+
+    def __call__(self, x: Any, step: int) -> float:
+        """Return the value at `step` >= 0."""
+        value: float = self.start * ((step + self.offset) / self.offset) ** self.exponent
+        if self.limit is None:
+            return value
+        return min(value, self.limit) if self.exponent > 0 else max(value, self.limit)

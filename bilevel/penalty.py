@@ -1,0 +1,119 @@
+"""What penalty methods share: two lower problems, with and without the upper objective, stepped alike and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel.oracles import LowerGradient, Oracles, UpperGradient
+from bilevel.smoothness import smoothness
+from bilevel.status import InvalidProblem
+
+Schedule: TypeAlias = float | Callable[[Any, int], float | Tensor]
+"""A number, or a function of `(x, step)` such as `Power`."""
+
+SAFE = 0.8
+"""Lower step in units of 1 / curvature: measured curvatures approach the largest one from below."""
+FORGET = 0.99
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """Refuse what is neither a number > 0 nor a function.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    if not callable(value) and not (isinstance(value, int | float) and 0 < value < float("inf")):
+        raise InvalidProblem(f"{name} must be a finite number > 0 or a schedule such as Power, got {value!r}.")
+
+
+class Curvature(NamedTuple):
+    """The largest curvatures in y, from differences of gradients.
+
+    Args:
+        lower: of g, 0-dim.
+        upper: of f, 0-dim.
+        direction: a unit vector shaped like y that turns toward the most curved direction of g.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    direction: Tensor
+
+    @classmethod
+    def measure(cls, oracles: Oracles, x: Tensor, y: Tensor) -> Curvature:
+        """Measure both at a start. Cost: 16 gradients of each objective.
+
+        Raises:
+            InvalidProblem: g is linear in y at the start.
+        """
+        lower = smoothness(lambda v: oracles.lower_gradient(x, v)[1], y)
+        upper = smoothness(lambda v: oracles.upper_gradient(x, v).y, y)
+        if not float(lower) > 0:
+            raise InvalidProblem(
+                "the lower objective has no curvature in y at the start, so no step length can be measured there; "
+                "pass lower_lr, or start elsewhere."
+            )
+        return cls(lower, upper, torch.full_like(y, y.numel() ** -0.5))
+
+    def followed(self, oracles: Oracles, x: Tensor, y: Tensor, gradient: Tensor, step: int) -> Curvature:
+        """Return the curvature of g at a new point where its gradient is known already: up at once, down slowly.
+
+        One step of the power method, by one difference. Cost: 1 lower gradient.
+        """
+        reach = torch.finfo(y.dtype).eps ** 0.5 * (1 + y.norm())
+        product = (oracles.lower_gradient(x, y + reach * self.direction, step)[1] - gradient) / reach
+        seen = product.norm()
+        turned = torch.where(seen > 0, product / seen.clamp_min(torch.finfo(y.dtype).tiny), self.direction)
+        return Curvature(torch.maximum(seen, FORGET * self.lower + (1 - FORGET) * seen), self.upper, turned)
+
+    def step(self, penalty: float | Tensor, pull: float | Tensor = 0.0) -> Tensor:
+        """Return a step that is stable for g and for `g + f / penalty`, with `pull ‖y - center‖^2 / 2` added."""
+        return SAFE / (self.lower + self.upper / penalty + pull)
+
+    def check(self, lr: float | Tensor, penalty: float | Tensor, pull: float | Tensor = 0.0) -> None:
+        """Refuse a lower step beyond the limit of stability at the start.
+
+        Raises:
+            InvalidProblem: `lr (curvature of g + f / penalty, plus pull) >= 2`.
+        """
+        total = float(self.lower + self.upper / penalty + pull)
+        if not 0 < float(lr) * total < 2:
+            raise InvalidProblem(
+                f"lower_lr={float(lr):.3g} is outside (0, {2 / total:.3g}), where the lower steps are stable: the "
+                f"largest curvature in y is {total:.3g} at the start. None takes {SAFE / total:.3g}."
+            )
+
+
+class Gap(NamedTuple):
+    """Gradients of the penalized upper objective `f(x, y) + penalty (g(x, y) - g(x, z))` at y and z.
+
+    Args:
+        upper: of f at (x, y).
+        lower: of g at (x, y).
+        value: of g at (x, z).
+    """
+
+    upper: UpperGradient
+    lower: LowerGradient
+    value: LowerGradient
+
+    @classmethod
+    def at(cls, oracles: Oracles, x: Tensor, y: Tensor, z: Tensor, upper_step: int, y_step: int, z_step: int) -> Gap:
+        """Evaluate at (x, y) and (x, z) on the batches of the steps named. Cost: 3 gradients."""
+        return cls(
+            oracles.upper_gradient(x, y, upper_step),
+            oracles.lower_gradients(x, y, y_step),
+            oracles.lower_gradients(x, z, z_step),
+        )
+
+    def direction(self, penalty: float | Tensor) -> Tensor:
+        """Return the derivative in x: the whole one of the penalized problem (by Danskin) where y and z are exact."""
+        return self.upper.x + penalty * (self.lower.x - self.value.x)
+
+    def residuals(self, penalty: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients in y that should vanish: of `g + f / penalty` at y, and of g at z."""
+        return self.lower.y + self.upper.y / penalty, self.value.y

@@ -1,0 +1,183 @@
+"""ProxF2SA: F2SA with sets on both levels, and proximal points in place of lower solutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel.optimizers import LBFGS, SGD, Optimizer
+from bilevel.optimizers._base import at
+from bilevel.optimizers.schedules import Power
+from bilevel.oracles import Oracles
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
+from bilevel.solvers._base import Metrics, Solver
+from bilevel.status import InvalidProblem, Status
+
+
+class ProxF2SAState(NamedTuple):
+    """Where the method stands.
+
+    Args:
+        x: upper variables `[p]`.
+        y: prox center of the lower problem with f / penalty added, `[d]` or `[m, d]`.
+        value: prox center of the lower problem alone (the paper's z), likewise.
+        near_y: approximate proximal point of y (the paper's w_y).
+        near_value: approximate proximal point of `value` (the paper's w_z).
+        pull: 1 / ρ, 0-dim.
+        step: upper steps made.
+        upper: state of the upper optimizer.
+        curvature: largest curvatures in y.
+        metrics: what the last step saw.
+    """
+
+    x: Tensor
+    y: Tensor
+    value: Tensor
+    near_y: Tensor
+    near_value: Tensor
+    pull: Tensor
+    step: int
+    upper: Any
+    curvature: Curvature
+    metrics: Metrics | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ProxF2SA(Solver[ProxF2SAState]):
+    """Minimize `f(x, y) + λ (g(x, y) - min_Y g(x, .))` over X and Y by steps toward proximal points.
+
+        T times:  u <- P_Y( u - γ [dg/dy(x, u) + (u - z) / ρ] )
+                  w <- P_Y( w - γ [dg/dy(x, w) + df/dy(x, w) / λ + (w - y) / ρ] )
+        z <- (1 - β) z + β u,   y <- (1 - β) y + β w
+        x <- P_X( x - τ h ),    h = df/dx(x, y) + λ [dg/dx(x, y) - dg/dx(x, z)]
+
+    The paper's σ is 1 / λ. Neither level need be convex in y: h is right up to O(1 / λ) where the distance to the
+    solutions of both lower problems is bounded by their proximal residuals (as under the Polyak-Lojasiewicz condition).
+    With `prox=inf`, `averaging=1` and no lower set this is `F2SA`.
+
+    Args:
+        upper: optimizer of x; `SGD(τ)` is the paper's.
+        penalty: λ > 0; a number, or a schedule of the step.
+        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ, plus 1 / ρ)`; a number, or a schedule of the step.
+            None: 0.8 / that curvature, measured at the start and followed.
+        lower_steps: T >= 1.
+        prox: ρ > 0, below 1 / (most negative curvature of g + f / λ in y); inf where both are convex. None:
+            1 / (largest curvature of g at the start).
+        averaging: β in (0, 1].
+        shared_batches: whether y and z see the same lower batches.
+
+    Raises:
+        InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
+
+    Cost:
+        Per step: T + 1 upper and 2 (T + 1) lower gradients, 2 T projections on Y, 0 HVPs; with `lower_lr=None` one
+        lower gradient more. At the start: 16 gradients of each level. Memory: five vectors like y.
+
+    Notes:
+        The answer's y is the penalized one: where the lower solutions are many, it is the one that f prefers.
+        Metrics: `stationarity` is the norm of `(x - P_X(x - h), z - P_Y(z - dg/dy), y - P_Y(y - dg/dy - df/dy / λ))`.
+        Fails where flat regions separate the solutions of g (the penalized objective is then not continuous in x).
+        The paper's momentum is left out: it is that of `F3SA`.
+
+    References:
+        Kwon, Kwon, Wright and Nowak (2024), "On penalty methods for nonconvex bilevel optimization and first-order
+        stochastic approximation", ICLR, arXiv 2309.01753.
+
+    Example:
+        >>> import bilevel
+        >>> task = bilevel.problems.scalar()
+        >>> solution = bilevel.solve(task.problem, ProxF2SA(), task.x0, task.y0, steps=300)
+        >>> task.x_error(solution.x) < 1e-2, solution.counts.hvps
+        (True, 0)
+    """
+
+    needs_hvp: ClassVar[bool] = False
+    handles_lower_set: ClassVar[bool] = True
+
+    upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.1))
+    penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
+    lower_lr: Schedule | None = None
+    lower_steps: int = 10
+    prox: float | None = None
+    averaging: float = 1.0
+    shared_batches: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
+            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), got {self.upper!r}.")
+        if self.lower_steps < 1:
+            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        if self.prox is not None and not self.prox > 0:
+            raise InvalidProblem(f"prox must be > 0 (inf: none), got {self.prox}.")
+        if not 0 < self.averaging <= 1:
+            raise InvalidProblem(f"averaging must be in (0, 1], got {self.averaging}.")
+        check_schedule("penalty", self.penalty)
+        if self.lower_lr is not None:
+            check_schedule("lower_lr", self.lower_lr)
+
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ProxF2SAState:
+        """Return the state before the first step; measures curvatures."""
+        self.refuse(oracles.problem)
+        y = oracles.project_y(y)
+        curvature = Curvature.measure(oracles, x, y)
+        pull = curvature.lower if self.prox is None else torch.full_like(curvature.lower, 1 / self.prox)
+        if self.lower_lr is not None:
+            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), pull)
+        return ProxF2SAState(x, y, y, y, y, pull, 0, self.upper.init(x), curvature, None)
+
+    def step(self, oracles: Oracles, state: ProxF2SAState) -> ProxF2SAState:
+        """Return the state after `lower_steps` steps toward proximal points, two averages and one step of x."""
+        x, y, z, w, u = state.x, state.y, state.value, state.near_y, state.near_value
+        penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
+        curvature, lr = state.curvature, None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        for k in range(first, first + self.lower_steps):
+            y_step, z_step = self._batches(k)
+            in_u = oracles.lower_gradient(x, u, z_step)[1]
+            in_w = oracles.lower_gradient(x, w, y_step)[1] + oracles.upper_gradient(x, w, k).y / penalty
+            if lr is None:
+                curvature = curvature.followed(oracles, x, u, in_u, z_step)
+                lr = curvature.step(penalty, state.pull)
+            u = oracles.project_y(u - lr * (in_u + state.pull * (u - z)))
+            w = oracles.project_y(w - lr * (in_w + state.pull * (w - y)))
+        z = (1 - self.averaging) * z + self.averaging * u
+        y = (1 - self.averaging) * y + self.averaging * w
+
+        last = first + self.lower_steps
+        gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
+        h = gap.direction(penalty)
+        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        in_y, in_z = gap.residuals(penalty)
+        moves = (x - oracles.project_x(x - h), y - oracles.project_y(y - in_y), z - oracles.project_y(z - in_z))
+        missing = torch.full_like(gap.upper.value, float("nan"))
+        return ProxF2SAState(
+            x=oracles.project_x(new_x),
+            y=y,
+            value=z,
+            near_y=w,
+            near_value=u,
+            pull=state.pull,
+            step=state.step + 1,
+            upper=upper,
+            curvature=curvature,
+            metrics=Metrics(
+                upper_value=gap.upper.value,
+                stationarity=torch.cat([move.flatten() for move in moves]).norm(),
+                lower_value=gap.value.value,
+                lower_gradient_norm=moves[2].norm(),
+                residual=missing,
+                error_estimate=missing,
+                status=Status.CONVERGED,
+            ),
+        )
+
+    def backtracked(self, factor: float) -> ProxF2SA:
+        """Return this solver with upper steps `factor` times as long."""
+        return replace(self, upper=self.upper.scaled(factor))
+
+    def _batches(self, k: int) -> tuple[int, int]:
+        """Return the lower batches of y and z at one step."""
+        return (k, k) if self.shared_batches else (2 * k, 2 * k + 1)
