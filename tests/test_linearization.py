@@ -385,6 +385,49 @@ def test_ill_conditioned_objectives_raise_no_false_alarm(dtype: torch.dtype) -> 
         open_oracles(problem, draw(30, seed=seed + 300).to(dtype), y)
 
 
+class OneByOne(torch.autograd.Function):
+    """A cube that can be differentiated twice, but has no batched form."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return v**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (v,) = ctx.saved_tensors
+        return OneByOneSlope.apply(v, g)
+
+
+class OneByOneSlope(torch.autograd.Function):
+    """Its backward pass looks at a number, which no vectorized pass can."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(v, g)
+        return 3 * v**2 * g
+
+    @staticmethod
+    def backward(ctx: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+        v, g = ctx.saved_tensors
+        scale = float(t.abs().max().item() > -1)
+        return 6 * v * g * t * scale, 3 * v**2 * t * scale
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_operations_without_a_batched_form_go_one_by_one(single: bool) -> None:
+    cube = OneByOne.apply if single else (lambda v: v**3)
+    problem = Problem(
+        upper=lambda x, y, b: y.sum(),
+        lower=lambda x, y, b: cube(y).sum() + (x * y.square()).sum(),
+        hvp="double_backward",
+    )
+    oracles, x, y = open_oracles(problem, draw(3).exp(), draw(3, seed=1))
+    assert (oracles.chunk == 1) is single
+    vectors = draw(5, 3, seed=2)
+    close(oracles.linearize_lower(x, y).hvps(vectors), (6 * y + 2 * x) * vectors, 1e-12)
+
+
 def test_an_unknown_operation_is_told_with_all_that_was_tried() -> None:
     problem = Problem(upper=lambda x, y, b: y.sum(), lower=attention, hvp="double_backward")
     with pytest.raises(SecondOrderUnsupported, match=r"double_backward: .*attention.*hvp='differences'"):

@@ -220,10 +220,15 @@ class Counted:
 class Passes(torch.autograd.Function):
     """The identity, which tells a counter of each backward pass, of first and of second order."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, y: Tensor, counter: Counted) -> Tensor:
-        ctx.counter = counter
+    def forward(y: Tensor, counter: Counted) -> Tensor:
         return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.counter = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
