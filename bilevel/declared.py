@@ -50,6 +50,28 @@ class Declared:
             return None
         return self.regularizer.curvature(self._coefficients, y).expand(y.shape)
 
+    def hvp(self, y: Tensor, v: Tensor) -> Tensor | float:
+        """Return (d2r/dy2) v, for one v or several `[k, *]`."""
+        return 0.0 if self.regularizer is None else self.regularizer.hvp(self._coefficients, y, v)
+
+    def held(self, y: Tensor) -> Tensor:
+        """Return which entries of y lie exactly at a kink of r."""
+        if self.regularizer is None:
+            return torch.zeros_like(y, dtype=torch.bool)
+        return self.regularizer.held(self._coefficients, y)
+
+    def slack(self, y: Tensor, gradient: Tensor) -> Tensor:
+        """Return how far `-gradient` lies within the subdifferential of r where held, inf elsewhere."""
+        if self.regularizer is None:
+            return torch.full_like(y, torch.inf)
+        return self.regularizer.slack(self._coefficients, y, gradient)
+
+    def distance(self, y: Tensor) -> Tensor:
+        """Return how far entries that are not held are from a kink of r."""
+        if self.regularizer is None:
+            return torch.full_like(y, torch.inf)
+        return self.regularizer.distance(self._coefficients, y)
+
     def cross(self, y: Tensor, v: Tensor) -> list[Tensor | None]:
         """Return the leaves of d<dr/dy, v>/dx."""
         xs = leaves_of(self.x_layout, self.x)

@@ -307,13 +307,13 @@ class Linearization:
         """Return H v, shaped like y. One HVP."""
         self._count("hvps", 1)
         product = self._core.hvp(v)
-        return product + self._declared.hvp(self._y, v)
+        return product if self.diagonal is None else product + self._declared.hvp(self._y, v)
 
     def hvps(self, vectors: Tensor) -> Tensor:
         """Return H applied to k vectors `[k, *]`, as many at a time as memory allows. k HVPs."""
         self._count("hvps", len(vectors))
         product = self._core.hvps(vectors, self._oracles.chunk)
-        return product + self._declared.hvp(self._y, vectors)
+        return product if self.diagonal is None else product + self._declared.hvp(self._y, vectors)
 
     def cross(self, v: Tensor) -> Tensor:
         """Return J^T v = d<dg/dy, v>/dx, `[p]`. About one HVP."""

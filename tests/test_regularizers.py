@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from bilevel.layout import Layout
-from bilevel.regularizers import L2, ElasticNet
+from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, SparseGroupL1
 from bilevel.status import InvalidProblem, NonFinite
 
 Y = {"w": torch.zeros(2, 3), "b": [torch.zeros(2)]}
@@ -17,6 +17,7 @@ def draw(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+GROUPS = torch.tensor([0, 0, 1, 2, 2, 2, -1, 1])
 REGULARIZERS = {
     "L2": (L2(lambda x: x.exp()), draw(())),
     "L2_by_entry": (L2(lambda x: x.exp()), draw(D)),
@@ -25,6 +26,17 @@ REGULARIZERS = {
     "L2_number": (L2(0.3), draw(())),
     "elastic_net": (ElasticNet(lambda x: x[0].exp(), lambda x: x[1].exp()), [draw(D), draw((), seed=1)]),
     "lasso": (ElasticNet(lambda x: x.exp()), draw(())),
+    "l1_by_entry": (L1(lambda x: x.exp()), draw(D)),
+    "l1_by_leaf": (L1(lambda x: {"w": x.exp()}), draw(())),
+    "l1_groups": (L1(lambda x: x.exp(), groups={"w": torch.tensor([0, 1, -1]), "b": 1}), draw(2)),
+    "group": (GroupL1(lambda x: x.exp(), groups=GROUPS), draw(3)),
+    "group_one_weight": (GroupL1(lambda x: x.exp(), groups={"w": torch.tensor([[0], [1]]), "b": 3}), draw(())),
+    "group_number": (GroupL1(0.4, groups={"w": 0}), draw(())),
+    "sparse_group": (
+        SparseGroupL1(lambda x: x["one"].exp(), lambda x: x["all"].exp(), groups=GROUPS),
+        {"one": draw(D, seed=3) - 1, "all": draw(3, seed=4)},
+    ),
+    "sparse_group_numbers": (SparseGroupL1(0.2, 0.7, groups={"w": 0, "b": [torch.tensor([1, -1])]}), draw(())),
     "net_groups": (ElasticNet(0.2, lambda x: x.exp(), groups={"w": 0, "b": [torch.tensor([1, 0])]}), draw(2)),
 }
 
@@ -45,10 +57,18 @@ def test_formulas_against_autograd(name):
     hessian = torch.autograd.functional.hessian(lambda v: regularizer.value(coefficients, v), y)
     curvature = regularizer.curvature(coefficients, y)
     assert curvature.shape == y.shape
-    assert torch.allclose(torch.diag(curvature), hessian, rtol=1e-12)
+    assert torch.allclose(curvature, hessian.diagonal(), rtol=1e-12)
+    vectors = draw(3, D, seed=6)
+    assert torch.allclose(regularizer.hvp(coefficients, y, vectors), vectors @ hessian, rtol=1e-12)
+    assert not regularizer.held(coefficients, y).any()
+    assert regularizer.slack(coefficients, y, gradient).isposinf().all()
 
 
-@pytest.mark.parametrize("name", [name for name in REGULARIZERS if name != "L2_number"])
+CONSTANT = ("L2_number", "group_number", "sparse_group_numbers")
+BY_ENTRY = [name for name, (regularizer, _) in REGULARIZERS.items() if regularizer.by_entry]
+
+
+@pytest.mark.parametrize("name", [name for name in REGULARIZERS if name not in CONSTANT])
 def test_derivative_in_x_against_differences(name):
     regularizer, x = REGULARIZERS[name]
     y, v = draw(D, seed=5), draw(D, seed=6)
@@ -66,7 +86,7 @@ def test_derivative_in_x_against_differences(name):
     assert torch.autograd.gradcheck(products, free)
 
 
-@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("name", BY_ENTRY)
 @pytest.mark.parametrize("step", [0.3, 2.0])
 def test_prox_is_the_minimizer(name, step):
     regularizer, x = REGULARIZERS[name]
@@ -83,6 +103,78 @@ def test_prox_is_the_minimizer(name, step):
 
         best = minimize_scalar(objective, bounds=(-8, 8), method="bounded", options={"xatol": 1e-10}).x
         assert float(found[j]) == pytest.approx(best, abs=2e-6)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("step", [0.01, 0.3, 20.0])
+def test_prox_is_optimal_and_says_what_is_held(name, step):
+    regularizer, x = REGULARIZERS[name]
+    coefficients, v = regularizer.coefficients(x, LAYOUT), 2 * draw(D, seed=7)
+    found = regularizer.prox(coefficients, v, step)
+
+    def objective(y):
+        return regularizer.value(coefficients, y) + (y - v).square().sum() / (2 * step)
+
+    least = objective(found)
+    for k, scale in enumerate((1.0, 1e-1, 1e-2, 1e-3)):
+        for direction in draw(50, D, seed=10 + k):
+            assert objective(found + scale * direction) >= least
+    rest, held = (found - v) / step, regularizer.held(coefficients, found)
+    assert torch.allclose((rest + regularizer.gradient(coefficients, found))[~held], v.new_zeros(()), atol=1e-12)
+    slack, distance = regularizer.slack(coefficients, found, rest), regularizer.distance(coefficients, found)
+    assert (slack[held] >= 0).all()
+    assert slack[~held].isposinf().all()
+    assert distance[held].isposinf().all()
+    assert held.any() or regularizer.smooth or step < 20
+    # Growing the margin's worth of gradient, and no less, frees a held entry.
+    for j in held.nonzero().flatten().tolist():
+        pull = rest.sign() * slack[j] * step
+        for factor, stays in ((0.99, True), (1.01, False)):
+            if not regularizer.by_entry:
+                continue
+            moved = regularizer.prox(coefficients, v - factor * pull * (torch.arange(D) == j), step)
+            assert bool(regularizer.held(coefficients, moved)[j]) == stays
+
+
+def test_groups_vanish_whole_and_entries_in_those_that_stay():
+    regularizer = SparseGroupL1(1.0, 2.5, groups=torch.tensor([0, 0, 1, 1, -1]))
+    layout = Layout.of(torch.zeros(5, dtype=torch.float64), name="y")
+    coefficients = regularizer.coefficients(None, layout)
+    y = torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert regularizer.held(coefficients, y).tolist() == [False, True, True, True, True]
+    gradient = torch.tensor([-3.5, 0.4, 1.6, -1.8, -0.3], dtype=torch.float64)
+    expected = [torch.inf, 0.6, 1.5, 1.5, 0.7]
+    assert regularizer.slack(coefficients, y, gradient).tolist() == pytest.approx(expected)
+    assert regularizer.distance(coefficients, y).tolist() == [3.0, *[torch.inf] * 4]
+    assert float(regularizer.value(coefficients, y)) == 3.0 + 7.5
+    free = GroupL1(2.5, groups=torch.tensor([0, 0, -1, -1, -1]))
+    weights = free.coefficients(None, layout)
+    assert not free.held(weights, y)[2:].any()
+    assert torch.equal(free.prox(weights, y + 1, 1.0)[2:], (y + 1)[2:])
+    assert torch.equal(free.gradient(weights, 0 * y), 0 * y)
+    assert torch.equal(free.curvature(weights, 0 * y), 0 * y)
+
+
+def test_blocks_have_groups_and_norms_of_their_own():
+    y = draw(3, 4)
+    layout = Layout.of(y, name="y", blocks=3)
+    regularizer = SparseGroupL1(0.3, lambda x: x, groups=torch.tensor([0, 1, 0, 1]))
+    weights = torch.tensor([[0.5, 9.0], [9.0, 0.5], [0.5, 0.5]], dtype=torch.float64)
+    together = regularizer.prox(regularizer.coefficients(weights, layout), y, 1.0)
+    one = Layout.of(y[0], name="y")
+    for row, own, found in zip(y, weights, together, strict=True):
+        assert torch.equal(regularizer.prox(regularizer.coefficients(own, one), row, 1.0), found)
+    assert not together[0, [1, 3]].any()
+    assert not together[1, [0, 2]].any()
+
+
+@pytest.mark.parametrize("regularizer", [GroupL1(1.0, groups=torch.tensor([0, 0])), SparseGroupL1(1.0, 1.0, [0, 1])])
+def test_group_prox_is_differentiable_at_zero(regularizer):
+    layout = Layout.of(torch.zeros(2, dtype=torch.float64), name="y")
+    v = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    found = regularizer.prox(regularizer.coefficients(None, layout), v, 1.0)
+    (derivative,) = torch.autograd.grad(found.sum(), v)
+    assert torch.equal(derivative, torch.zeros_like(derivative))
 
 
 def test_closed_forms():
@@ -253,3 +345,28 @@ def test_weights_on_another_device_are_refused():
     weights = torch.ones(8, device="meta")
     with pytest.raises(InvalidProblem, match="is on meta, the variables on cpu"):
         L2(lambda x: weights).check(None, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (torch.tensor([0, 0, 0, 0, 0, 0, 0, 8]), "run from 0 to 8, but 8 entries make at most 8 groups"),
+        (torch.tensor([0, 0, 0, -2, 0, 0, 0, 0]), "run from -2 to 0"),
+        (torch.zeros(8), "give integers"),
+    ],
+)
+def test_group_ids_that_cannot_be_are_refused(groups, message):
+    for regularizer in (GroupL1(1.0, groups), SparseGroupL1(1.0, 1.0, groups)):
+        with pytest.raises(InvalidProblem, match=message):
+            regularizer.check(None, LAYOUT)
+    GroupL1(1.0, GROUPS).check(None, LAYOUT)
+    with pytest.raises(InvalidProblem, match=r"GroupL1\(weight\).* is -1.0"):
+        GroupL1(lambda x: x, GROUPS).check(torch.tensor([1.0, -1.0, 1.0]), LAYOUT)
+    with pytest.raises(InvalidProblem, match=r"SparseGroupL1\(l1\).* is -1.0"):
+        SparseGroupL1(lambda x: x, 1.0, GROUPS).check(torch.tensor(-1.0), LAYOUT)
+
+
+def test_unusable_constants_of_groups_are_refused():
+    for build in (lambda: L1(-1.0), lambda: GroupL1("1", GROUPS), lambda: SparseGroupL1(1.0, None, GROUPS)):
+        with pytest.raises(InvalidProblem, match=r"(L1|GroupL1|SparseGroupL1)\("):
+            build()
