@@ -192,15 +192,13 @@ def test_objectives_without_second_derivatives_give_zeros(way: str) -> None:
     close(linearization.cross(y), torch.zeros(2).double(), 1e-8)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "forward_over_reverse"])
 def test_a_constant_lower_objective_with_a_regularizer(way: str) -> None:
     problem = Problem(
         upper=lambda x, y, b: y.sum(),
         lower=lambda x, y, b: torch.zeros(()).double(),
         regularizer=bilevel.L2(lambda x: x.exp()),
     )
-    if way == "forward_over_reverse":
-        pytest.skip("function transforms trace a constant as they trace anything")
     oracles, x, y = Case(problem, draw(), draw(3), lambda x, y: y.sum()).opened(way)
     linearization = oracles.linearize_lower(x, y)
     close(linearization.hvp(y), x.exp() * y, 1e-12)

@@ -7,6 +7,7 @@ from bilevel.hypergradients._base import Estimator, Hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.layout import Variables
 from bilevel.problem import Problem
+from bilevel.status import NonFinite
 
 
 def hypergradient(
@@ -36,6 +37,7 @@ def hypergradient(
     Raises:
         InvalidProblem: and relatives, from the dry run.
         LinearSolveFailed: the linear system has no trustworthy solution.
+        NonFinite: the hypergradient is infinite or not a number.
 
     Example:
         >>> import torch
@@ -50,4 +52,11 @@ def hypergradient(
     oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed)
     state = chosen.init(oracles, flat_x, flat_y)
     estimate, _ = chosen.estimate(oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify)
+    bad = (~estimate.gradient.isfinite()).nonzero()
+    if len(bad):
+        leaf = oracles.x_layout.name_of(int(bad[0]))
+        raise NonFinite(
+            f"the hypergradient in x's leaf '{leaf}' is not finite at step {step}, though both objectives are: scale "
+            "them, or use float64."
+        )
     return Hypergradient(oracles.x_layout.unflatten(estimate.gradient), estimate.certificate)
