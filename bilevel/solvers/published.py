@@ -44,7 +44,7 @@ def neumann(terms: int = 20, alpha: float | None = None, **options: Any) -> Hype
         hyperparameters", ICML 2016, is `terms=0`.
     """
     return HypergradientDescent(
-        estimator=Implicit(linear=Neumann(terms=terms, alpha=alpha), warm_start=False), **options
+        estimator=Implicit(linear=Neumann(terms=terms, alpha=alpha), warm_start=False, truncate=True), **options
     )
 
 
@@ -62,7 +62,9 @@ def amigo(lower_steps: int = 10, linear_steps: int = 10, **options: Any) -> Hype
     """
     linear = Neumann(terms=linear_steps - 1)
     lower = options.pop("lower", SGD(lr=None))
-    return HypergradientDescent(lower=lower, lower_steps=lower_steps, estimator=Implicit(linear=linear), **options)
+    return HypergradientDescent(
+        lower=lower, lower_steps=lower_steps, estimator=Implicit(linear=linear, truncate=True), **options
+    )
 
 
 def imaml(lower_steps: int = 16, linear_steps: int = 5, **options: Any) -> HypergradientDescent:
@@ -81,7 +83,7 @@ def imaml(lower_steps: int = 16, linear_steps: int = 5, **options: Any) -> Hyper
     """
     lower = options.pop("lower", SGD(lr=None))
     options.setdefault("restart_lower", None)
-    estimator = Implicit(linear=CG(max_steps=linear_steps))
+    estimator = Implicit(linear=CG(max_steps=linear_steps), truncate=True)
     return HypergradientDescent(lower=lower, lower_steps=lower_steps, estimator=estimator, **options)
 
 
