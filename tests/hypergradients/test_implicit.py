@@ -266,7 +266,7 @@ def test_hopeless_systems_raise_and_are_flagged_on_request(curvatures: tuple[flo
         upper=lambda x, y, b: (y - 1).square().sum(), lower=lambda x, y, b: 0.5 * (c * y.square()).sum() - (x * y).sum()
     )
     x, y = torch.ones(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(LinearSolveFailed, match="failed at upper step 0.*truncate=True") as caught:
+    with pytest.raises(LinearSolveFailed, match=r"failed at upper step 0.*truncate=True") as caught:
         hypergradient(problem, x, y)
     assert caught.value.status is status
     flagged = hypergradient(problem, x, y, estimator=Implicit(truncate=True)).certificate
@@ -310,7 +310,7 @@ def test_identity_is_flagged_as_an_approximation() -> None:
 
 
 def _random_problem(seed: int) -> tuple[Problem, Tensor, Tensor, Tensor, int]:
-    """Return a strongly convex problem (n <= 30, condition <= 1e4), x, y*(x), an inexact y, and a number of CG steps."""
+    """Return a strongly convex problem (n <= 30, condition <= 1e4), x, y*(x), an inexact y, and a step limit."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
