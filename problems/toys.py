@@ -305,13 +305,13 @@ def box(*, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Task:
     return Task("box", problem, zero, zero, steps=2000, evaluate=evaluate, source="closed form")
 
 
-def shen(start: float = 1.5, *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Task:
+def shen(start: float = 1.0, *, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Task:
     """Several minima: `g = (x + y)^2 + x sin^2(x + y)`, `f = cos(4y + 2) / (1 + e^(2 - 4x)) + log(1 + (4x - 2)^2) / 2`.
 
     x in [0, 3], `y* = -x`. `F(x) = f(x, -x)` has the minima .3824, 1.2151 (the global one, `reference`) and 2.8296.
 
     Args:
-        start: of x; it decides which minimum is found. y starts at 0.
+        start: of x; it decides which minimum is found. y starts at -start.
         dtype: of all numbers.
         device: of all tensors.
 
@@ -332,7 +332,7 @@ def shen(start: float = 1.5, *, dtype: torch.dtype = torch.float64, device: str 
         reference=zero + SHEN_MINIMA[1][0],
     )
     evaluate = _judge(upper, [(zero + x, zero - x) for x, _ in SHEN_MINIMA], best=SHEN_MINIMA[1][1])
-    return Task("shen", problem, zero + start, zero, steps=2000, evaluate=evaluate, source="minima by Newton's method")
+    return Task("shen", problem, zero + start, zero - start, steps=2000, evaluate=evaluate, source="minima by Newton's method")
 
 
 def _merely_convex_upper(x: Tensor, y: Pair, batch: Any) -> Tensor:

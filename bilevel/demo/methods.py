@@ -23,7 +23,9 @@ from bilevel.report import Row
 from bilevel.solution import Solution
 from bilevel.solvers import HypergradientDescent
 
-# Chosen by `python -m bilevel.demo --select`, which looks at no test digit; see bilevel/demo/selection.py.
+# Chosen by `python -m bilevel.demo --select`, which looks at no test digit: on the third held back, CG with decay 0.01
+# had the highest accuracy (0.876 after 30 steps and after, mean of 5 seeds; decays 0.003, 0.02, 0.03 had at most 0.870,
+# 0.868, 0.865), and decay 0.01 was best for training anew (0.877). See bilevel/demo/selection.py.
 DECAY = 0.01
 LR = 0.3
 STEPS = 30
