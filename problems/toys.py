@@ -332,7 +332,9 @@ def shen(start: float = 1.0, *, dtype: torch.dtype = torch.float64, device: str 
         reference=zero + SHEN_MINIMA[1][0],
     )
     evaluate = _judge(upper, [(zero + x, zero - x) for x, _ in SHEN_MINIMA], best=SHEN_MINIMA[1][1])
-    return Task("shen", problem, zero + start, zero - start, steps=2000, evaluate=evaluate, source="minima by Newton's method")
+    return Task(
+        "shen", problem, zero + start, zero - start, steps=2000, evaluate=evaluate, source="minima by Newton's method"
+    )
 
 
 def _merely_convex_upper(x: Tensor, y: Pair, batch: Any) -> Tensor:

@@ -17,6 +17,8 @@ FLOORS = [
     {"sets", "regularizers", "data", "modules"},
     {"problem"},
     {
+        "aggregated",
+        "joint",
         "smoothness",
         "penalty",
         "kkt_system",

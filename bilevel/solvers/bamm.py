@@ -1,0 +1,212 @@
+"""sl-BAMM: one step on y, on a multiplier and on x, all with the average of both objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf, nan
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel.aggregated import Aggregated
+from bilevel.joint import coupling
+from bilevel.oracles import Oracles
+from bilevel.smoothness import smoothness
+from bilevel.solvers._base import Metrics, Solver
+from bilevel.status import InvalidProblem, Status
+
+SAFE = 0.8
+"""Steps of y and of the multiplier, in units of 1 / curvature; 2 is the limit."""
+SLOW = 0.05
+"""Steps of x, in units of 1 / curvature: x must move more slowly than y and the multiplier can follow."""
+
+
+@dataclass(frozen=True)
+class Powers:
+    """Let the steps shrink with mu: the multiplier's as `k^(-tau/2) mu_k^multiplier`, x's as `k^(-3 tau/2) mu_k^x`.
+
+    Args:
+        multiplier: >= 0.
+        x: >= 0.
+        tau: >= 0.
+    """
+
+    multiplier: float = 0.0
+    x: float = 0.0
+    tau: float = 0.0
+
+    def factors(self, k: int, mu: float) -> tuple[float, float]:
+        """Return the factors of both steps at step k >= 1; where mu is 0 for good, no power of it is taken."""
+        base = mu if mu > 0 else 1.0
+        return k ** (-self.tau / 2) * base**self.multiplier, k ** (-1.5 * self.tau) * base**self.x
+
+
+S1, S2, S3 = Powers(2, 7, 1 / 40), Powers(1, 5, 1 / 40), Powers(0, 3, 1 / 40)
+"""The strategies of the authors, with `mu=0.9, decay=0.1`; the third is the one of their experiments."""
+
+
+class Curvatures(NamedTuple):
+    """Largest curvatures at the point where they were measured.
+
+    Args:
+        upper: of f in y.
+        lower: of g in y.
+        x: of f(x, y*(x)) in x, if the whole lower curvature were `lower`; a lower bound otherwise.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    x: Tensor
+
+    def aggregated(self, mu: float) -> Tensor:
+        """Return a bound of the curvature of `mu f + (1 - mu) g` in y."""
+        return mu * self.upper + (1 - mu) * self.lower
+
+
+class BAMMState(NamedTuple):
+    """Where sl-BAMM stands.
+
+    Args:
+        x: upper variables `[p]`.
+        y: lower variables `[d]` or `[m, d]`.
+        multiplier: the paper's v, shaped like y; it tends to the inverse of the aggregated Hessian times df/dy.
+        step: steps made, which is also the index of the next batches.
+        curvatures: for the step lengths.
+        metrics: what the last step saw.
+    """
+
+    x: Tensor
+    y: Tensor
+    multiplier: Tensor
+    step: int
+    curvatures: Curvatures
+    metrics: Metrics | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BAMM(Solver[BAMMState]):
+    """Replace g by `psi = mu_k f + (1 - mu_k) g`, whose curvature f provides where g has none, and let mu_k fall.
+
+        y <- y - beta dpsi/dy,   v <- v - eta (psi_yy v - df/dy),   x <- P(x - alpha (df/dx - psi_xy v))
+
+    all from the old point, with `mu_k = mu k^-decay`, k = 1, 2, ... It is for lower objectives that are convex, but
+    not strongly, under upper objectives that are strongly convex in y; among several lower minimizers it finds one
+    that is best for f. Where g is strongly convex, take `mu=0`: it is unbiased and faster; elsewhere mu = 0 is wrong.
+
+    Args:
+        mu: 0 <= mu < 1, weight of f at the first step.
+        decay: >= 0, of mu. The answer has a bias of the order of the last mu (none where one y minimizes both).
+        powers: how steps shrink with mu. The default keeps them; S1, S2 and S3 are the authors' strategies.
+        lr: > 0, beta, and eta before its powers; None takes 0.8 / (curvature of psi in y), measured.
+        upper_lr: > 0, alpha before its powers; None takes 0.05 / (curvature in x), measured. Badly conditioned lower
+            objectives need less.
+        upper_factor: > 0, multiplies alpha, measured or not.
+        measure_every: measure curvatures again after so many steps; 0 never.
+
+    Cost:
+        Per step: 2 gradients of f and one of g, one HVP and one cross product of psi (with `mu=0`: one gradient of f,
+        one of g, an HVP and a cross product of g). A measurement: 64 gradients.
+
+    Notes:
+        Metrics: `stationarity` is the norm of the conditions of the first order of `min f s.t. dpsi/dy = 0` (with
+        `mu=0` of `dg/dy = 0`), x's part projected; `residual` is that of the multiplier, relative to df/dy.
+        With `mu=0` and a singular Hessian the multiplier grows without bound and x stops at a wrong point.
+        The authors' `mu=.9, decay=.1` leave `mu = .33` after 20,000 steps; hence the default here.
+
+    References:
+        Liu, Liu, Yao, Zeng, Zhang, "Averaged method of multipliers for bi-level optimization without lower-level
+        strong convexity", ICML 2023, arXiv 2302.03407.
+
+    Example:
+        >>> import bilevel
+        >>> task = bilevel.problems.quadratic()
+        >>> solution = bilevel.solve(task.problem, BAMM(), task.x0, task.y0, steps=300)
+        >>> task.x_error(solution.x) < 1e-2
+        True
+    """
+
+    needs_hvp: ClassVar[bool] = True
+
+    mu: float = 0.5
+    decay: float = 0.5
+    powers: Powers = Powers()
+    lr: float | None = None
+    upper_lr: float | None = None
+    upper_factor: float = 1.0
+    measure_every: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mu < 1:
+            raise InvalidProblem(f"mu must lie in [0, 1), got {self.mu}.")
+        for name in ("decay", "measure_every"):
+            if not 0 <= getattr(self, name) < inf:
+                raise InvalidProblem(f"{name} must be >= 0, got {getattr(self, name)}.")
+        for name in ("lr", "upper_lr", "upper_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise InvalidProblem(f"{name} must be > 0, got {value}.")
+
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BAMMState:
+        """Return the state before the first step, with multiplier 0; measures curvatures.
+
+        Raises:
+            InvalidProblem: the problem has a part that this solver cannot treat, or `lr` is too large for it.
+        """
+        self.refuse(oracles.problem)
+        curvatures = _curvatures(oracles, x, y, 0)
+        largest = float(torch.maximum(curvatures.aggregated(self.mu), curvatures.lower))
+        if self.lr is not None and self.lr * largest >= 2:
+            raise InvalidProblem(
+                f"lr={self.lr:.3g} is too large: the curvature of mu f + (1 - mu) g is {largest:.3g} at the start, and "
+                f"steps beyond {2 / largest:.3g} diverge. Leave lr=None."
+            )
+        return BAMMState(x, y, torch.zeros_like(y), 0, curvatures, None)
+
+    def step(self, oracles: Oracles, state: BAMMState) -> BAMMState:
+        """Return the state after one step of y, multiplier and x, each from the old point."""
+        x, y, v, k = state.x, state.y, state.multiplier, state.step
+        curvatures = state.curvatures
+        if self.measure_every and k and k % self.measure_every == 0:
+            curvatures = _curvatures(oracles, x, y, k)
+        mu = self.mu * (k + 1) ** -self.decay
+        beta = SAFE / curvatures.aggregated(mu) if self.lr is None else self.lr
+        alpha = SLOW / curvatures.x if self.upper_lr is None else self.upper_lr
+        for_v, for_x = self.powers.factors(k + 1, mu)
+
+        f = oracles.upper_gradient(x, y, k)
+        psi = Aggregated(oracles, x, y, mu, upper_step=k, lower_step=k)
+        residual = psi.hvp(v) - f.y
+        h = f.x - psi.cross(v)
+        moved = x - oracles.project_x(x - h)
+        return BAMMState(
+            x=oracles.project_x(x - self.upper_factor * alpha * for_x * h),
+            y=y - beta * psi.gradient,
+            multiplier=v - beta * for_v * residual,
+            step=k + 1,
+            curvatures=curvatures,
+            metrics=Metrics(
+                upper_value=f.value,
+                stationarity=(psi.gradient.square().sum() + residual.square().sum() + moved.square().sum()).sqrt(),
+                lower_value=(psi.value - mu * f.value) / (1 - mu),
+                lower_gradient_norm=((psi.gradient - mu * f.y) / (1 - mu)).norm(),
+                residual=residual.norm() / f.y.norm().clamp_min(torch.finfo(y.dtype).tiny),
+                error_estimate=torch.full_like(f.value, nan),
+                status=Status.CONVERGED,
+            ),
+        )
+
+    def backtracked(self, factor: float) -> BAMM:
+        """Return this solver with upper steps `factor` times as long."""
+        return replace(self, upper_factor=factor * self.upper_factor)
+
+
+def _curvatures(oracles: Oracles, x: Tensor, y: Tensor, k: int) -> Curvatures:
+    """Measure, by differences of gradients on the batches of step k."""
+    tiny = torch.finfo(y.dtype).eps
+    upper = smoothness(lambda v: oracles.upper_gradient(x, v, k).y, y).clamp_min(tiny)
+    lower = smoothness(lambda v: oracles.lower_gradient(x, v, k)[1], y).clamp_min(tiny)
+    alone = smoothness(lambda u: oracles.upper_gradient(u, y, k).x, x)
+    mixed = coupling(lambda u, v: oracles.lower_gradients(u, v, k)[1:], x, y)
+    return Curvatures(upper, lower, (alone + (mixed / lower).square() * upper).clamp_min(tiny))

@@ -1,0 +1,191 @@
+"""V-PBGD: gradient descent on f plus a penalty on the value gap of the lower level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf, nan
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel.joint import joint_smoothness
+from bilevel.optimizers._base import at
+from bilevel.oracles import Oracles
+from bilevel.penalty import Gap, Schedule, check_schedule
+from bilevel.smoothness import smoothness
+from bilevel.solvers._base import Metrics, Solver
+from bilevel.status import InvalidProblem, Status
+
+SAFE = 0.8
+"""Steps of z in units of 1 / curvature; 2 is the limit."""
+JOINT = 1.2
+"""Steps of x and y, likewise."""
+RESPONSE = 10
+"""Steps of z while the curvature of the gap is measured: z follows x, and that adds curvature in x."""
+
+
+class Curvatures(NamedTuple):
+    """Largest curvatures where they were measured: of f in (x, y), of the gap in (x, y), of g in y."""
+
+    upper: Tensor
+    gap: Tensor
+    lower: Tensor
+
+
+class VPBGDState(NamedTuple):
+    """Where V-PBGD stands.
+
+    Args:
+        x: upper variables `[p]`.
+        y: lower variables of the penalized problem, `[d]` or `[m, d]`.
+        z: lower variables that minimize g alone, shaped like y.
+        step: steps made, which is also the index of the next upper batch.
+        curvatures: for the step lengths.
+        metrics: what the last step saw.
+    """
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    step: int
+    curvatures: Curvatures
+    metrics: Metrics | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class VPBGD(Solver[VPBGDState]):
+    """Descend on `f(x, y) + penalty (g(x, y) - min_z g(x, z))` in x and y together, z following by steps on g.
+
+    It needs a lower objective without local minima that trap z: convex, or with a Polyak-Lojasiewicz inequality; it
+    need not be strongly convex. Lower sets are projected on. The answer is biased by O(1 / penalty), and the number of
+    steps grows with the penalty, because x and y share a step of the order 1 / penalty.
+
+    Args:
+        penalty: γ > 0; a number, or a schedule of the step (the authors' code lets it grow linearly).
+        lower_steps: >= 1, steps on z before each step of x and y.
+        lr: > 0; x and y take steps of `lr / (1 + penalty)`. None takes 1.2 / (curvature of the penalized function),
+            measured.
+        upper_lr: > 0, for x alone; None takes `lr`.
+        lower_lr: > 0, of z; None takes 0.8 / (curvature of g), measured.
+        upper_factor: > 0, multiplies x's step, measured or not.
+        measure_every: measure curvatures again after so many steps; 0 never.
+
+    Cost:
+        Per step: `lower_steps` + 2 gradients of g, one of f. A measurement: 176 gradients.
+
+    Notes:
+        Metrics: `stationarity` is the norm of the projected gradient of the penalized function in (x, y); g is seen
+        at y, where its gradient is of the order 1 / penalty at best. The lower batch of a step's last step on z also
+        serves the gap, at y and at z.
+
+    References:
+        Shen, Chen, "On penalty-based bilevel gradient descent method", ICML 2023, arXiv 2302.05185 (V-PBGD).
+
+    Example:
+        >>> import bilevel
+        >>> task = bilevel.problems.scalar()
+        >>> solution = bilevel.solve(task.problem, VPBGD(penalty=10.0), task.x0, task.y0, steps=1000)
+        >>> abs(float(solution.x) - float(task.problem.reference)) < 1e-2
+        True
+    """
+
+    needs_hvp: ClassVar[bool] = False
+    handles_lower_set: ClassVar[bool] = True
+    contract_steps: ClassVar[int] = 3000
+
+    penalty: Schedule = 20.0
+    lower_steps: int = 1
+    lr: float | None = None
+    upper_lr: float | None = None
+    lower_lr: float | None = None
+    upper_factor: float = 1.0
+    measure_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check_schedule("penalty", self.penalty)
+        if self.lower_steps < 1:
+            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        for name in ("lr", "upper_lr", "lower_lr", "upper_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise InvalidProblem(f"{name} must be > 0, got {value}.")
+        if self.measure_every < 0:
+            raise InvalidProblem(f"measure_every must be >= 0, got {self.measure_every}.")
+
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> VPBGDState:
+        """Return the state before the first step, with z = y; measures curvatures.
+
+        Raises:
+            InvalidProblem: the problem has a part that this solver cannot treat, or a step length is too large for it.
+        """
+        self.refuse(oracles.problem)
+        y = oracles.project_y(y)
+        curvatures = self._curvatures(oracles, x, y, y, 0)
+        shared = float(torch.maximum(curvatures.upper, curvatures.gap))
+        for name, largest in (("lr", shared), ("lower_lr", float(curvatures.lower))):
+            lr = getattr(self, name)
+            if lr is not None and lr * largest >= 2:
+                raise InvalidProblem(
+                    f"{name}={lr:.3g} is too large: at the start, steps beyond {2 / largest:.3g} diverge. "
+                    f"Leave {name}=None."
+                )
+        return VPBGDState(x, y, y, 0, curvatures, None)
+
+    def step(self, oracles: Oracles, state: VPBGDState) -> VPBGDState:
+        """Return the state after `lower_steps` steps of z and one joint step of x and y."""
+        x, y, z, k = state.x, state.y, state.z, state.step
+        first, last = k * self.lower_steps, (k + 1) * self.lower_steps - 1
+        curvatures = state.curvatures
+        if self.measure_every and k and k % self.measure_every == 0:
+            curvatures = self._curvatures(oracles, x, y, z, k)
+        penalty = at(self.penalty, None, k)
+        safe = JOINT / (curvatures.upper + penalty * curvatures.gap)
+        s_y = safe if self.lr is None else self.lr / (1 + penalty)
+        s_x = s_y if self.upper_lr is None else self.upper_lr / (1 + penalty)
+        s_z = SAFE / curvatures.lower if self.lower_lr is None else self.lower_lr
+
+        for j in range(first, last + 1):
+            z = oracles.project_y(z - s_z * oracles.lower_gradient(x, z, j)[1])
+        gap = Gap.at(oracles, x, y, z, k, last, last)
+        d_x = gap.direction(penalty)
+        d_y = gap.upper.y + penalty * gap.lower.y
+
+        moved_x, moved_y = x - oracles.project_x(x - d_x), y - oracles.project_y(y - d_y)
+        missing = torch.full_like(gap.upper.value, nan)
+        return VPBGDState(
+            x=oracles.project_x(x - self.upper_factor * s_x * d_x),
+            y=oracles.project_y(y - s_y * d_y),
+            z=z,
+            step=k + 1,
+            curvatures=curvatures,
+            metrics=Metrics(
+                upper_value=gap.upper.value,
+                stationarity=(moved_x.square().sum() + moved_y.square().sum()).sqrt(),
+                lower_value=gap.lower.value,
+                lower_gradient_norm=gap.lower.y.norm(),
+                residual=missing,
+                error_estimate=missing,
+                status=Status.CONVERGED,
+            ),
+        )
+
+    def backtracked(self, factor: float) -> VPBGD:
+        """Return this solver with upper steps `factor` times as long."""
+        return replace(self, upper_factor=factor * self.upper_factor)
+
+    def _curvatures(self, oracles: Oracles, x: Tensor, y: Tensor, z: Tensor, k: int) -> Curvatures:
+        """Measure, by differences of gradients on the batches of step k."""
+        last, tiny = (k + 1) * self.lower_steps - 1, torch.finfo(y.dtype).eps
+        lower = smoothness(lambda v: oracles.lower_gradient(x, v, last)[1], z).clamp_min(tiny)
+
+        def gap(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            follower = z
+            for _ in range(RESPONSE):
+                follower = oracles.project_y(follower - SAFE / lower * oracles.lower_gradient(u, follower, last)[1])
+            at_y = oracles.lower_gradients(u, v, last)
+            return at_y.x - oracles.lower_gradients(u, follower, last).x, at_y.y
+
+        upper = joint_smoothness(lambda u, v: oracles.upper_gradient(u, v, k)[1:], x, y)
+        return Curvatures(upper, joint_smoothness(gap, x, y, steps=6).clamp_min(tiny), lower)
