@@ -68,17 +68,21 @@ class EarlyStopping:
 
 
 class CSVLogger:
-    """Append each row of the history to a CSV file as it comes: one short write a step."""
+    """Append each row of the history to a CSV file as it comes: one short write a step.
+
+    A solve that starts over (its steps are not after the last one's) starts the file over.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._started = False
+        self._last_step: int | None = None
 
     def __call__(self, event: Event) -> None:
         """Write the newest row."""
-        with self.path.open("a" if self._started else "w", newline="") as file:
+        goes_on = self._last_step is not None and event.step > self._last_step
+        with self.path.open("a" if goes_on else "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(event.row))
-            if not self._started:
+            if not goes_on:
                 writer.writeheader()
             writer.writerow(event.row)
-        self._started = True
+        self._last_step = event.step

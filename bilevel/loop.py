@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -21,6 +22,7 @@ from bilevel.solvers._base import Solver
 from bilevel.status import (
     BilevelError,
     Diverged,
+    HypergradientInaccurate,
     Infeasible,
     InvalidProblem,
     LinearSolveFailed,
@@ -241,6 +243,8 @@ class _Run:
         if estimate is not None:
             self.see(float(estimate.upper_value), state.x, estimate.y)
             y = estimate.y
+        if self.status is Status.CONVERGED and estimate is not None:
+            _warn_if_inaccurate(estimate, tol)
         value, best_x, best_y = self.best or (math.nan, state.x, y)
         unflatten_x, unflatten_y = self.oracles.x_layout.unflatten, self.oracles.y_layout.unflatten
         solution = Solution(
@@ -270,6 +274,17 @@ class _Run:
             return None
         finite = estimate is not None and bool(estimate.gradient.isfinite().all() & estimate.y.isfinite().all())
         return estimate if finite else None
+
+
+def _warn_if_inaccurate(estimate: Estimate, tol: float) -> None:
+    error = estimate.certificate.error_estimate
+    if error is not None and not float(error) <= tol:
+        warnings.warn(
+            f"the hypergradient fell below tol={tol:.3g}, but its own error is estimated at {float(error):.3g}: x may "
+            "be farther from stationary than it seems. Raise lower_steps, or lower the linear solver's tol or damping.",
+            HypergradientInaccurate,
+            stacklevel=4,
+        )
 
 
 def _copied(variables: Variables) -> Variables:

@@ -129,12 +129,8 @@ class BilevelWarning(UserWarning):
     """Base of all warnings; each names the one option to change."""
 
 
-class LowerNotConverged(BilevelWarning):
-    """The lower problem is far from stationary where its hypergradient was taken."""
-
-
 class HypergradientInaccurate(BilevelWarning):
-    """The linear solve left a large residual, or the estimate of the error is large."""
+    """The hypergradient met the tolerance, but the estimate of its own error does not."""
 
 
 class SecondOrderFallback(BilevelWarning):

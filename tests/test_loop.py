@@ -48,10 +48,18 @@ def poisoned(bad: Any, upper: bool = True) -> Problem:
 
 
 def test_tolerance_ends_it_as_converged() -> None:
-    solution = run(steps=1000, tol=1e-3)
+    solver = implicit(linear=bilevel.CG(tol=1e-8))
+    solution = solve(TASK.problem, solver, TASK.x0, TASK.y0, steps=1000, tol=1e-3)
     assert solution.status is Status.CONVERGED
     assert solution.history["stationarity"][-1] <= 1e-3 < solution.history["stationarity"][-2]
     assert "stationarity" in solution.message
+
+
+def test_tolerance_finer_than_the_hypergradient_is_told() -> None:
+    solver = implicit(linear=bilevel.CG(damping=1.0))
+    with pytest.warns(bilevel.HypergradientInaccurate, match="its own error is estimated at"):
+        solution = solve(TASK.problem, solver, TASK.x0, TASK.y0, steps=1000, tol=1e-3)
+    assert solution.status is Status.CONVERGED
 
 
 def test_missed_tolerance_is_a_step_limit_that_throw_raises() -> None:
@@ -111,10 +119,13 @@ def test_csv_has_a_row_a_step(tmp_path: Path) -> None:
     """Each step appends one line: a peer rewrote its whole log at every step."""
     path = tmp_path / "log.csv"
     sizes: list[int] = []
-    solution = run(callbacks=[CSVLogger(path), lambda event: sizes.append(path.stat().st_size)])
+    log = CSVLogger(path)
+    solution = run(callbacks=[log, lambda event: sizes.append(path.stat().st_size)])
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["upper_value"]) for row in rows] == solution.history["upper_value"]
+    run(callbacks=[log])
+    assert len(path.read_text().splitlines()) == 21
     growth = [after - before for before, after in pairwise(sizes)]
     assert max(growth) < 2 * min(growth)
 
