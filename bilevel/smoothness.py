@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bilevel.linear import Operator
-from bilevel.linear.curvature import largest_curvature
+from bilevel.linear._lanczos import random_signs, ritz_range
 
 
 def smoothness(gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: int = 8, seed: int = 0) -> Tensor:
@@ -31,6 +30,27 @@ def smoothness(gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: in
         >>> round(float(smoothness(lambda y: curvatures * y, torch.zeros(3, dtype=torch.float64))), 4)
         4.0
     """
+    low, high = curvatures(gradient, point, steps=steps, seed=seed)
+    return torch.maximum(low.abs(), high.abs())
+
+
+def curvatures(
+    gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Estimate the least and the largest curvature of a function at a point, from inside.
+
+    Args:
+        gradient: of the function, shaped like the point.
+        point: `[d]` or `[m, d]`.
+        steps: Lanczos steps, > 0.
+        seed: of the random start.
+
+    Returns:
+        Two 0-dim tensors; the first is negative where the function is seen not to be convex.
+
+    Cost:
+        2 `steps` gradients.
+    """
     reach = torch.finfo(point.dtype).eps ** (1 / 3) * (1 + point.norm())
 
     def product(v: Tensor) -> Tensor:
@@ -38,4 +58,5 @@ def smoothness(gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: in
         difference: Tensor = (gradient(point + step * v) - gradient(point - step * v)) / (2 * step)
         return difference
 
-    return largest_curvature(Operator(product), point, steps=steps, seed=seed)
+    low, high = ritz_range(product, random_signs(point, seed), steps)
+    return low.min().to(point.dtype), high.max().to(point.dtype)

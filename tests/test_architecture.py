@@ -21,6 +21,7 @@ FLOORS = [
         "joint",
         "smoothness",
         "penalty",
+        "moreau",
         "kkt_system",
         "linearization",
         "declared",
