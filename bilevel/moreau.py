@@ -95,13 +95,13 @@ def check_lr(name: str, lr: float | None, curvature: Tensor) -> None:
         )
 
 
-def check_runaway(curvature: Curvatures, step: int, advice: str, **points: Tensor) -> None:
-    """Raise where an iterate has left the scale of the start far behind, before it overflows; waits for the device.
+def check_runaway(size: Tensor, step: int, advice: str, **points: Tensor) -> None:
+    """Raise where an iterate has left the size of the start far behind, before it overflows; waits for the device.
 
     Raises:
         Diverged: so it is.
     """
     for name, point in points.items():
         length = float(point.norm())
-        if length > RUNAWAY * float(curvature.size):
+        if length > RUNAWAY * float(size):
             raise Diverged(f"{name} ran away at step {step}, to a norm of {length:.3g}: {advice}")

@@ -33,6 +33,15 @@ class Rows(NamedTuple):
         norms = norms if norms.dim() == 1 else norms.T
         return torch.where(norms > 0, norms, torch.ones_like(norms))
 
+    @property
+    def coupling(self) -> Tensor:
+        """Largest singular value of the gradients in y, each scaled to length 1 (over all blocks); 0-dim."""
+        if not len(self.y):
+            return self.y.new_zeros(())
+        by_block = self.y if self.y.dim() == 2 else self.y.transpose(0, 1)
+        largest: Tensor = torch.linalg.matrix_norm(by_block / self.norms[..., None], 2).amax().clamp_min(1.0)
+        return largest
+
 
 def names(oracles: Oracles) -> list[Constraint]:
     """Return which of constraint and equality the problem has."""

@@ -139,12 +139,10 @@ class LVHBA(Solver[LVHBAState]):
                 "JointPolyhedron of bilevel.sets.joint. Where that is too hard, BLOCC needs no projection."
             )
         rows = constraint_rows(oracles, x, y)
-        scaled = rows.y / (rows.norms if rows.norms.dim() == 1 else rows.norms.T)[..., None]
-        coupling = torch.linalg.matrix_norm(scaled.transpose(0, -2), 2).amax() if len(scaled) else y.new_zeros(())
         curvature = Curvatures.measure(oracles, x, y, declared=True)
         none = torch.zeros_like(rows.norms)
         state = LVHBAState(
-            x, y, 0, y, none, none, rows.norms, coupling, rows.inequalities,
+            x, y, 0, y, none, none, rows.norms, rows.coupling, rows.inequalities,
             torch.full((), -1, device=x.device), curvature, None,
         )  # fmt: skip
         self._check_rates(state)
@@ -200,7 +198,13 @@ class LVHBA(Solver[LVHBAState]):
         """
         advice = "lower lr and gamma, or leave them None: with a large gamma θ and λ rotate, and spiral outward."
         check_runaway(
-            state.curvature, state.step, advice, x=state.x, y=state.y, theta=state.theta, multiplier=state.multiplier
+            state.curvature.size,
+            state.step,
+            advice,
+            x=state.x,
+            y=state.y,
+            theta=state.theta,
+            multiplier=state.multiplier,
         )
         warn_at_bound(state.touched, state.step, self.bound, "LVHBA(bound=...)")
         if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:

@@ -162,7 +162,7 @@ class MEHA(Solver[MEHAState]):
     def inspect(self, oracles: Oracles, state: MEHAState) -> None:
         """Raise Diverged where the iterates run away."""
         check_runaway(
-            state.curvature, state.step, "lower lr, y_lr and upper_lr (None measures safe ones).",
+            state.curvature.size, state.step, "lower lr, y_lr and upper_lr (None measures safe ones).",
             x=state.x, y=state.y, theta=state.theta,
         )  # fmt: skip
 

@@ -1,0 +1,237 @@
+"""BLOCC: two saddle point problems in y, for coupled lower constraints that no one can project on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from bilevel.feasibility import inspect_multipliers, warn_at_bound
+from bilevel.moreau import check_runaway
+from bilevel.multipliers import clipped, constraint_rows, constraint_terms
+from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers._base import at
+from bilevel.optimizers.schedules import Power
+from bilevel.oracles import Oracles
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
+from bilevel.solvers._base import Metrics, Solver
+from bilevel.status import InvalidProblem, Status
+
+
+class Saddle(NamedTuple):
+    """A lower point and its multipliers, of c then of h.
+
+    Args:
+        y: `[d]` or `[m, d]`.
+        multiplier: `[n]` or `[m, n]`, in the user's units.
+    """
+
+    y: Tensor
+    multiplier: Tensor
+
+
+class BLOCCState(NamedTuple):
+    """Where BLOCC stands.
+
+    Args:
+        x: upper variables `[p]`.
+        y: the solution of the lower problem, `[d]` or `[m, d]`.
+        step: upper steps made.
+        multiplier: its multipliers, `[n]` or `[m, n]`, in the user's units.
+        relaxed: the lower solution with f / penalty added, and its multipliers.
+        upper: state of the upper optimizer.
+        norms: lengths of the constraints' gradients in y at the start, shaped like the multipliers.
+        coupling: largest singular value of those gradients, each scaled to length 1; 0-dim.
+        inequalities: how many multipliers belong to c.
+        touched: the first step after which a multiplier was at its bound, -1 if none was; 0-dim.
+        size: of the start, `1 + ‖(x, y)‖`.
+        curvature: largest curvatures in y.
+        metrics: what the last step saw.
+    """
+
+    x: Tensor
+    y: Tensor
+    step: int
+    multiplier: Tensor
+    relaxed: Saddle
+    upper: Any
+    norms: Tensor
+    coupling: Tensor
+    inequalities: int
+    touched: Tensor
+    size: Tensor
+    curvature: Curvature
+    metrics: Metrics | None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BLOCC(Solver[BLOCCState]):
+    """Minimize `max min f + λ (g - v)` by primal-dual steps, v the value of the constrained lower problem.
+
+        v(x) = max_m min_y  g(x, y) + <m, c(x, y)>,                            m >= 0, y in Y: at (z, m)
+        F(x) = max_n min_y  f(x, y) + λ (g(x, y) + <n, c(x, y)> - v(x)),       n >= 0, y in Y: at (y, n)
+
+        T times:  z <- P_Y( z - γ [dg/dy(x, z) + <m, dc/dy(x, z)>] ),                       m <- [m + σ c(x, z)]_+
+                  y <- P_Y( y - γ [dg/dy(x, y) + <n, dc/dy(x, y)> + df/dy(x, y) / λ] ),     n <- [n + σ c(x, y)]_+
+        x <- P_X( x - τ h )
+        h = df/dx(x, y) + λ [dg/dx(x, y) + <n, dc/dx(x, y)> - dg/dx(x, z) - <m, dc/dx(x, z)>]
+
+    Without the terms `<., dc/dx>` h would be wrong wherever a constraint that x enters is active. g is strongly convex
+    in y, c convex, and a constraint qualification holds. Equations are treated like c, with multipliers of either
+    sign. No projection on `{(x, y): c <= 0}` is needed, so y is feasible only in the limit.
+
+    Args:
+        upper: optimizer of x; `SGD(τ)` is the paper's.
+        penalty: λ > 0; a number, or a schedule of the step. The bias of x falls like 1 / λ.
+        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ)`; a number, or a schedule of the step. None: 0.8 /
+            that curvature, measured at the start and followed.
+        multiplier_lr: σ γ b² in (0, 2], b the length of the scaled constraints: the constraints are scaled so that
+            their gradients in y have length 1 at the start.
+        lower_steps: T >= 1.
+        bound: of every multiplier, > 0, in the user's units: a warning says so when one touches it.
+
+    Raises:
+        InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
+
+    Cost:
+        Per step: T + 1 upper and 2 (T + 1) lower gradients, 2 (T + 1) gradients and 2 T values of each of c and h, 1
+        upper value, 0 HVPs; with `lower_lr=None` one lower gradient more. At the start: 16 gradients of each level and
+        one for each constraint. Memory: three vectors like y.
+
+    Notes:
+        Metrics: `stationarity` is the norm of `x - P_X(x - h)` and of the last moves of y, z, m and n, over the lengths
+        of their steps; `upper_value` is f(x, z).
+        Deviations from the paper: its n divided by λ, steps of y and z that are equal so that their errors cancel in h,
+        plain steps of m and n (there accelerated), equations.
+
+    References:
+        Jiang, Xiao, Tenorio, Real-Rojas, Marques, Chen, "A primal-dual-assisted penalty approach to bilevel
+        optimization with coupled constraints", NeurIPS 2024, arXiv 2406.10148 (Algorithm 1, with one primal step for
+        each dual one).
+
+    Example:
+        >>> import bilevel, torch
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y, b: 0.5 * (x - 2) ** 2 + 0.5 * (y - 1) ** 2,
+        ...     lower=lambda x, y, b: 0.5 * (y - 3) ** 2, constraint=lambda x, y, b: (x + y - 2).reshape(1))
+        >>> solution = bilevel.solve(problem, BLOCC(), torch.tensor(0.0), torch.tensor(0.0), steps=300)
+        >>> round(float(solution.x), 1), round(float(solution.y), 1)
+        (1.5, 0.5)
+    """
+
+    needs_hvp: ClassVar[bool] = False
+    handles_lower_set: ClassVar[bool] = True
+    handles_constraints: ClassVar[bool] = True
+
+    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.1, -0.5, offset=30.0)))
+    penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
+    lower_lr: Schedule | None = None
+    multiplier_lr: float = 0.5
+    lower_steps: int = 10
+    bound: float = 1e3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
+            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
+        if self.lower_steps < 1:
+            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        if not 0 < self.multiplier_lr <= 2:
+            raise InvalidProblem(f"multiplier_lr must be in (0, 2], got {self.multiplier_lr}.")
+        if not 0 < self.bound < float("inf"):
+            raise InvalidProblem(f"bound must be > 0, got {self.bound}.")
+        check_schedule("penalty", self.penalty)
+        if self.lower_lr is not None:
+            check_schedule("lower_lr", self.lower_lr)
+
+    def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BLOCCState:
+        """Return the state before the first step, with multipliers 0; measures curvatures and constraints."""
+        self.refuse(oracles.problem)
+        curvature = Curvature.measure(oracles, x, y)
+        if self.lower_lr is not None:
+            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
+        rows = constraint_rows(oracles, x, y)
+        none, size = torch.zeros_like(rows.norms), 1 + torch.cat([x, y.flatten()]).norm()
+        return BLOCCState(
+            x, y, 0, none, Saddle(y, none), self.upper.init(x), rows.norms, rows.coupling, rows.inequalities,
+            torch.full((), -1, device=x.device), size, curvature, None,
+        )  # fmt: skip
+
+    def step(self, oracles: Oracles, state: BLOCCState) -> BLOCCState:
+        """Return the state after `lower_steps` primal-dual steps of both saddle points and one of x."""
+        x, q, curvature = state.x, state.inequalities, state.curvature
+        lower, relaxed = Saddle(state.y, state.multiplier), state.relaxed
+        penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
+        lr = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        moves: list[Tensor] = []
+        for k in range(first, first + self.lower_steps):
+            in_z = oracles.lower_gradient(x, lower.y, k)[1]
+            in_y = oracles.lower_gradient(x, relaxed.y, k)[1] + oracles.upper_gradient(x, relaxed.y, k).y / penalty
+            if lr is None:
+                curvature = curvature.followed(oracles, x, lower.y, in_z, k)
+                lr = curvature.step(penalty)
+            (lower, moved), (relaxed, also) = (
+                self._saddle_step(oracles, state, lower, in_z, lr, k),
+                self._saddle_step(oracles, state, relaxed, in_y, lr, k),
+            )
+            moves = [*moved, *also]
+
+        last = first + self.lower_steps
+        gap = Gap.at(oracles, x, relaxed.y, lower.y, last, last, last)
+        pull = constraint_terms(oracles, x, relaxed.y, relaxed.multiplier, q, last)
+        value_pull = constraint_terms(oracles, x, lower.y, lower.multiplier, q, last)
+        h = gap.direction(penalty) + penalty * (pull.x - value_pull.x)
+        x_next, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+
+        missing = torch.full_like(gap.upper.value, float("nan"))
+        metrics = Metrics(
+            upper_value=oracles.upper_value(x, lower.y, last),
+            stationarity=torch.cat([x - oracles.project_x(x - h), *moves]).norm(),
+            lower_value=gap.value.value,
+            lower_gradient_norm=moves[0].norm(),
+            residual=missing,
+            error_estimate=missing,
+            status=Status.CONVERGED,
+        )
+        largest = torch.maximum(lower.multiplier.abs(), relaxed.multiplier.abs())
+        at_bound = (largest >= self.bound).any() & (state.touched < 0)
+        return state._replace(
+            x=oracles.project_x(x_next), y=lower.y, step=state.step + 1, multiplier=lower.multiplier, relaxed=relaxed,
+            upper=upper, touched=torch.where(at_bound, torch.full_like(state.touched, state.step + 1), state.touched),
+            curvature=curvature, metrics=metrics,
+        )  # fmt: skip
+
+    def inspect(self, oracles: Oracles, state: BLOCCState) -> None:
+        """Warn where a multiplier touches its bound; raise where iterates or multipliers run away.
+
+        Multipliers are looked at closely at steps 64, 128, 256...
+        """
+        check_runaway(
+            state.size, state.step, "lower lower_lr and multiplier_lr; g must be strongly convex in y.",
+            x=state.x, y=state.y, relaxed=state.relaxed.y, multiplier=state.multiplier,
+        )  # fmt: skip
+        warn_at_bound(state.touched, state.step, self.bound, "BLOCC(bound=...)")
+        if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:
+            inspect_multipliers(
+                oracles, state.x, state.y, state.multiplier, state.norms, state.inequalities, state.step - 1
+            )
+
+    def backtracked(self, factor: float) -> BLOCC:
+        """Return this solver with upper steps `factor` times as long."""
+        return replace(self, upper=self.upper.scaled(factor))
+
+    def _saddle_step(
+        self, oracles: Oracles, state: BLOCCState, saddle: Saddle, gradient: Tensor, lr: float | Tensor, k: int
+    ) -> tuple[Saddle, list[Tensor]]:
+        """Step y down and then the multipliers up; also return both moves over the lengths of their steps."""
+        x, q = state.x, state.inequalities
+        pull = constraint_terms(oracles, x, saddle.y, saddle.multiplier, q, k).y
+        y = oracles.project_y(saddle.y - lr * (gradient + pull))
+        # In the user's units: scaling the constraint by 1 / norm scales its slope in the multiplier by 1 / norm².
+        dual_lr = self.multiplier_lr / (lr * state.coupling.square() * state.norms.square())
+        value = constraint_terms(oracles, x, y, None, q, k).value
+        multiplier = clipped(saddle.multiplier + dual_lr * value, self.bound, q)
+        moved = (saddle.multiplier - multiplier) / (dual_lr * state.norms)
+        return Saddle(y, multiplier), [((saddle.y - y) / lr).flatten(), moved.flatten()]
