@@ -160,15 +160,18 @@ class Oracles:
             value = self._evaluate("lower", step, self.x_layout.views(x), self.y_layout.views(y))
         return value.detach() + self.declared(x).value(y)
 
-    def lower_gradient(self, x: Tensor, y: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-        """Return g with its regularizer and its gradient in y."""
+    def lower_gradient(self, x: Tensor, y: Tensor, step: int = 0, *, declared: bool = True) -> tuple[Tensor, Tensor]:
+        """Return g and its gradient in y; without its regularizer if not `declared`."""
         self.count(gradients=1)
         xs, ys = leaves_of(self.x_layout, x, requires_grad=False), leaves_of(self.y_layout, y)
         with torch.enable_grad():
             value = self._evaluate("lower", step, xs, ys)
             found = gradients([value], ys)
-        declared = self.declared(x)
-        return value.detach() + declared.value(y), declared.add_gradient(join(self.y_layout, found, (), y), y)
+        gradient = join(self.y_layout, found, (), y)
+        if not declared:
+            return value.detach(), gradient
+        term = self.declared(x)
+        return value.detach() + term.value(y), term.add_gradient(gradient, y)
 
     def lower_gradients(self, x: Tensor, y: Tensor, step: int = 0, *, declared: bool = True) -> LowerGradient:
         """Return g and its gradients in x and y, by one backward pass; without its regularizer if not `declared`."""

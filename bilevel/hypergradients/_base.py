@@ -32,6 +32,9 @@ class Certificate:
         lower_distance_bound: `‖y - y*‖ <= ‖dg/dy‖ / mu`, only with a certified mu.
         linear_distance_bound: `‖w - H^-1 b‖ <= ‖b - H w‖ / mu`, only with a certified mu.
         counts: what the hypergradient with its certificate cost.
+        margin: where the lower level has kinks, bounds or constraints: how far its solution is from touching or leaving
+            one, in units of the lower gradient. The hypergradient holds while the same ones are active; at 0 that is
+            for steps of x to one side only. None where there are none.
     """
 
     status: Status
@@ -42,6 +45,7 @@ class Certificate:
     lower_distance_bound: Tensor | None
     linear_distance_bound: Tensor | None
     counts: Counts
+    margin: Tensor | None = None
 
     def __str__(self) -> str:
         error = "not estimated" if self.error_estimate is None else f"{float(self.error_estimate):.2e}"
@@ -51,8 +55,15 @@ class Certificate:
         return (
             f"error estimate {error}; linear residual {float(self.residual):.1e} ({self.status.name.lower()}); "
             f"lower gradient norm {float(self.lower_gradient_norm):.1e}; curvature {curvature}; "
-            f"{self.counts.gradients} gradients, {self.counts.hvps} HVPs"
+            f"{self.counts.gradients} gradients, {self.counts.hvps} HVPs{self._margin()}"
         )
+
+    def _margin(self) -> str:
+        if self.margin is None:
+            return ""
+        if float(self.margin) > 0:
+            return f"; margin {float(self.margin):.1e}"
+        return "; margin 0: strict complementarity fails, so this is a one-sided derivative at best"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
+from bilevel.hypergradients._levels import Curved, Levels
 from bilevel.linear import CG, LinearSolution, LinearSolver, Operator
-from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
+from bilevel.oracles import Counts, Oracles, UpperGradient
 from bilevel.status import InvalidProblem, LinearSolveFailed, NonFinite, Status
 
 TINY = 1e-30
@@ -96,13 +97,14 @@ class Implicit(Estimator):
             if part is not None:
                 raise InvalidProblem(
                     f"Implicit does not handle Problem({name}=...): it holds at unconstrained minima of smooth lower "
-                    "objectives, and would answer wrongly elsewhere. State a penalty, or a smooth regularizer (L2)."
+                    "objectives, and would answer wrongly elsewhere. Use ActiveSet (kinks, boxes) or ImplicitKKT "
+                    "(constraints), or state a penalty or a smooth regularizer (L2)."
                 )
         return ImplicitState(None, None, None, 0)
 
     def estimate(
         self,
-        oracles: Oracles,
+        oracles: Levels,
         x: Tensor,
         y: Tensor,
         state: ImplicitState,
@@ -164,7 +166,7 @@ class Implicit(Estimator):
         )
 
     def _estimate_error(
-        self, oracles: Oracles, point: _Point, solution: LinearSolution, gradient: Tensor
+        self, oracles: Levels, point: _Point, solution: LinearSolution, gradient: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compare with the hypergradient after one Newton step in y and one correction of w.
 
@@ -220,11 +222,11 @@ class _Point:
     upper_step: int
     lower_step: int
     upper: UpperGradient
-    lower: Linearization
+    lower: Curved
     operator: Operator
 
     @classmethod
-    def at(cls, oracles: Oracles, x: Tensor, y: Tensor, upper_step: int, lower_step: int, **known: Any) -> _Point:
+    def at(cls, oracles: Levels, x: Tensor, y: Tensor, upper_step: int, lower_step: int, **known: Any) -> _Point:
         upper = oracles.upper_gradient(x, y, upper_step)
         lower = oracles.linearize_lower(x, y, lower_step)
         return cls(x, y, upper_step, lower_step, upper, lower, _operator(lower, **known))
@@ -233,7 +235,7 @@ class _Point:
         return self.upper.x - self.lower.cross(w)
 
 
-def _operator(lower: Linearization, **known: Any) -> Operator:
+def _operator(lower: Curved, **known: Any) -> Operator:
     return Operator(
         apply=lower.hvp, apply_many=lower.hvps, diagonal=lower.diagonal, gradients=lower.sample_gradients, **known
     )

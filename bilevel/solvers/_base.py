@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Estimate
@@ -33,6 +34,21 @@ class Metrics(NamedTuple):
     residual: Tensor
     error_estimate: Tensor
     status: Status
+
+    @classmethod
+    def of(cls, oracles: Oracles, x: Tensor, estimate: Estimate) -> Metrics:
+        """Return what a hypergradient at x says about a step."""
+        certificate = estimate.certificate
+        missing = torch.full_like(estimate.upper_value, float("nan"))
+        return cls(
+            upper_value=estimate.upper_value,
+            stationarity=(x - oracles.project_x(x - estimate.gradient)).norm(),
+            lower_value=estimate.lower_value,
+            lower_gradient_norm=certificate.lower_gradient_norm,
+            residual=certificate.residual,
+            error_estimate=missing if certificate.error_estimate is None else certificate.error_estimate,
+            status=certificate.status,
+        )
 
 
 S = TypeVar("S")

@@ -142,7 +142,7 @@ class HypergradientDescent(Solver[DescentState]):
             lower=lower,
             estimator=estimator,
             largest=_followed(state.largest, estimate.certificate),
-            metrics=_metrics(oracles, state.x, estimate),
+            metrics=Metrics.of(oracles, state.x, estimate),
         )
 
     def certify(self, oracles: Oracles, state: DescentState) -> Estimate:
@@ -226,20 +226,6 @@ def _followed(largest: Tensor | None, certificate: Certificate) -> Tensor | None
         return largest
     seen = certificate.curvature[1].to(largest)
     return torch.maximum(seen, 0.9 * largest + 0.1 * seen)
-
-
-def _metrics(oracles: Oracles, x: Tensor, estimate: Estimate) -> Metrics:
-    certificate = estimate.certificate
-    missing = torch.full_like(estimate.upper_value, float("nan"))
-    return Metrics(
-        upper_value=estimate.upper_value,
-        stationarity=(x - oracles.project_x(x - estimate.gradient)).norm(),
-        lower_value=estimate.lower_value,
-        lower_gradient_norm=certificate.lower_gradient_norm,
-        residual=certificate.residual,
-        error_estimate=missing if certificate.error_estimate is None else certificate.error_estimate,
-        status=certificate.status,
-    )
 
 
 def _check_descent(oracles: Oracles, y: Tensor, values: list[Tensor], step: int, *, deterministic: bool) -> None:

@@ -1,0 +1,112 @@
+"""A problem seen on some entries of y only, the others held: what the smooth estimator needs to work there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
+
+
+@dataclass(frozen=True)
+class Face:
+    """A point and which of its entries may move.
+
+    One block: vectors on the face are short, `[k]`. Several blocks, whose faces differ: they keep the shape `[m, d]`
+    and are 0 off the face.
+
+    Args:
+        y: `[d]` or `[m, d]`.
+        free: boolean, shaped like y.
+    """
+
+    y: Tensor
+    free: Tensor
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """Indices of the free entries, None with blocks."""
+        return self.free.nonzero().squeeze(-1) if self.y.dim() == 1 else None
+
+    @cached_property
+    def empty(self) -> bool:
+        """Whether no entry may move."""
+        return not bool(self.free.any())
+
+    def drop(self, v: Tensor) -> Tensor:
+        """Return the part of v `[*, d]` on the face."""
+        return torch.where(self.free, v, 0.0) if self.index is None else v[..., self.index]
+
+    def lift(self, v: Tensor) -> Tensor:
+        """Return a vector on the face as one of all entries, 0 off the face."""
+        if self.index is None:
+            return torch.where(self.free, v, 0.0)
+        whole = torch.zeros((*v.shape[:-1], self.y.shape[-1]), dtype=v.dtype, device=v.device)
+        return whole.index_copy(-1, self.index, v)
+
+    def place(self, v: Tensor) -> Tensor:
+        """Return the point with v on the face and the held values off it."""
+        return torch.where(self.free, self.lift(v), self.y)
+
+
+class FaceView:
+    """Both levels as functions of the free entries; see `bilevel.hypergradients._levels.Levels`."""
+
+    def __init__(self, oracles: Oracles, face: Face) -> None:
+        self.oracles, self.face = oracles, face
+        self._gradient: Tensor | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """Calls made so far."""
+        return self.oracles.counts
+
+    @property
+    def gradient(self) -> Tensor:
+        """The whole lower gradient at the first point seen, which is that of the face."""
+        assert self._gradient is not None
+        return self._gradient
+
+    def upper_gradient(self, x: Tensor, y: Tensor, step: int = 0) -> UpperGradient:
+        """Return f and its gradients, that in y on the face."""
+        found = self.oracles.upper_gradient(x, self.face.place(y), step)
+        return found._replace(y=self.face.drop(found.y))
+
+    def linearize_lower(self, x: Tensor, y: Tensor, step: int = 0) -> FaceLinearization:
+        """Return g differentiated twice along the face."""
+        whole = self.oracles.linearize_lower(x, self.face.place(y), step)
+        if self._gradient is None:
+            self._gradient = whole.gradient
+        return FaceLinearization(whole, self.face)
+
+
+class FaceLinearization:
+    """H and J of the lower level along a face; see `bilevel.oracles.Linearization`."""
+
+    def __init__(self, whole: Linearization, face: Face) -> None:
+        self.value, self.gradient = whole.value, face.drop(whole.gradient)
+        self.diagonal = None if whole.diagonal is None else face.drop(whole.diagonal)
+        self._whole, self._face = whole, face
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H_SS v."""
+        return self._kept(self._whole.hvp(self._face.lift(v)), v)
+
+    def hvps(self, vectors: Tensor) -> Tensor:
+        """Return H_SS applied to k vectors."""
+        return self._kept(self._whole.hvps(self._face.lift(vectors)), vectors)
+
+    def cross(self, v: Tensor) -> Tensor:
+        """Return J_S^T v."""
+        return self._whole.cross(self._face.lift(v))
+
+    def sample_gradients(self, k: int) -> Tensor:
+        """Return k per-example gradients along the face."""
+        return self._face.drop(self._whole.sample_gradients(k))
+
+    def _kept(self, product: Tensor, v: Tensor) -> Tensor:
+        # With blocks the map is the identity off the face, where right-hand sides are 0: dense solvers see no zeros.
+        return self._face.drop(product) if self._face.index is not None else torch.where(self._face.free, product, v)
