@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -80,6 +80,7 @@ class Oracles:
     Attributes:
         counts: calls made so far.
         lower_leaves: indices of the leaves of x that the dry run found in the lower objective.
+        random_levels: levels whose objective has drawn random numbers so far, in the dry run or since.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Oracles:
         self.seed, self.way, self.chunk = seed, way, chunk
         self.counts = Counts()
         self.lower_leaves: frozenset[int] = frozenset()
+        self.random_levels: set[Level] = set()
         self._idle: dict[int, int] = {}
 
     def count(self, **calls: int) -> None:
@@ -258,6 +260,16 @@ class Oracles:
     def _seed(self, *of: str | int) -> int:
         return hash((self.seed, *(part == "upper" if isinstance(part, str) else part for part in of))) & (2**63 - 1)
 
+    def _random_state(self, level: Level, step: int) -> AbstractContextManager[None]:
+        """Seed the random state for one call; not in a compiled step, unless the objective has been seen to draw.
+
+        A compiled graph cannot hold the seeding: an objective that draws breaks the graph there, and stays seeded.
+        """
+        if torch.compiler.is_compiling() and level not in self.random_levels:
+            return nullcontext()
+        on_draw = None if level in self.random_levels else lambda: self.random_levels.add(level)
+        return random_state(self._seed(level, step), self.x_layout.device, on_draw)
+
     def _evaluate(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
         value = self.call(level, step, xs, ys, rows)
         if self.problem.blocks is None:
@@ -277,7 +289,7 @@ class Oracles:
             cut = (leaf[rows] if isinstance(leaf, Tensor) else leaf for _, leaf in named_leaves(batch))
             batch = rebuild(batch, cut)
         x = self.x_layout.nest(xs)
-        with random_state(self._seed(level, step), self.x_layout.device):
+        with self._random_state(level, step):
             if self.problem.blocks is None:
                 value: Tensor = objective(x, self.y_layout.nest(ys), batch)
                 return value
@@ -336,8 +348,11 @@ class Linearization:
 
 
 @contextmanager
-def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Run with torch's random state seeded on the CPU and `device`, and put the user's back afterwards."""
+def random_state(seed: int, device: torch.device, on_draw: Callable[[], object] | None = None) -> Iterator[None]:
+    """Run with torch's random state seeded on the CPU and `device`, and put the user's back afterwards.
+
+    `on_draw` is called at the end if random numbers were drawn.
+    """
     generators = [torch.default_generator]
     if device.type == "cuda":
         torch.cuda.init()
@@ -347,7 +362,10 @@ def random_state(seed: int, device: torch.device) -> Iterator[None]:
     try:
         for generator in generators:
             generator.manual_seed(seed)
+        seeded = [generator.get_state() for generator in generators]
         yield
+        if on_draw and any(not torch.equal(a.get_state(), b) for a, b in zip(generators, seeded, strict=True)):
+            on_draw()
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)

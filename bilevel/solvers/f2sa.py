@@ -53,7 +53,8 @@ class F2SA(Solver[F2SAState]):
     their errors then cancel in h, where λ multiplies them.
 
     Args:
-        upper: optimizer of x; `SGD(τ)` is the paper's.
+        upper: optimizer of x; `SGD(τ)` is the paper's. Adam's steps must shrink: at a constant length they outrun y
+            and z, and x circles.
         penalty: λ > 0; a number, or a schedule of the step. Bias falls with it, rounding grows: in float32 stay below
             about 1e3.
         lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ)`; a number, or a schedule of the step. None: 0.8 /
@@ -88,7 +89,7 @@ class F2SA(Solver[F2SAState]):
 
     needs_hvp: ClassVar[bool] = False
 
-    upper: Optimizer[Any] = field(default_factory=lambda: Adam(lr=0.1))
+    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.1, -0.5, offset=30.0)))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
     lower_lr: Schedule | None = None
     lower_steps: int = 10
@@ -116,7 +117,8 @@ class F2SA(Solver[F2SAState]):
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         lr = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
-        for k in range(first, first + self.lower_steps):
+        for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
+            k = first + t
             y_step, z_step = self._batches(k)
             in_z = oracles.lower_gradient(x, z, z_step)[1]
             in_y = oracles.lower_gradient(x, y, y_step)[1] + oracles.upper_gradient(x, y, k).y / penalty

@@ -102,7 +102,7 @@ class F3SA(Solver[F3SAState]):
 
     needs_hvp: ClassVar[bool] = False
 
-    upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.05))
+    upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.01))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
     lower_lr: Schedule | None = None
     renewal: Schedule = field(default_factory=lambda: Power(1.0, -0.8, offset=100.0))
@@ -110,7 +110,7 @@ class F3SA(Solver[F3SAState]):
 
     def __post_init__(self) -> None:
         if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.05), got {self.upper!r}.")
+            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.01), got {self.upper!r}.")
         check_schedule("penalty", self.penalty)
         check_schedule("renewal", self.renewal)
         if not callable(self.renewal) and self.renewal > 1:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, SGD, Optimizer
+from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
@@ -65,8 +65,8 @@ class ProxF2SA(Solver[ProxF2SAState]):
         lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ, plus 1 / ρ)`; a number, or a schedule of the step.
             None: 0.8 / that curvature, measured at the start and followed.
         lower_steps: T >= 1.
-        prox: ρ > 0, below 1 / (most negative curvature of g + f / λ in y); inf where both are convex. None:
-            1 / (largest curvature of g at the start).
+        prox: ρ > 0; in theory below 1 / (most negative curvature of g + f / λ in y); inf where both are convex. None:
+            T / (largest curvature of g at the start), about as far as T steps go.
         averaging: β in (0, 1].
         shared_batches: whether y and z see the same lower batches.
 
@@ -98,7 +98,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
     needs_hvp: ClassVar[bool] = False
     handles_lower_set: ClassVar[bool] = True
 
-    upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.1))
+    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.1, -0.5, offset=30.0)))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
     lower_lr: Schedule | None = None
     lower_steps: int = 10
@@ -108,7 +108,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
 
     def __post_init__(self) -> None:
         if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), got {self.upper!r}.")
+            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
         if self.prox is not None and not self.prox > 0:
@@ -124,7 +124,9 @@ class ProxF2SA(Solver[ProxF2SAState]):
         self.refuse(oracles.problem)
         y = oracles.project_y(y)
         curvature = Curvature.measure(oracles, x, y)
-        pull = curvature.lower if self.prox is None else torch.full_like(curvature.lower, 1 / self.prox)
+        pull = (
+            curvature.lower / self.lower_steps if self.prox is None else torch.full_like(curvature.lower, 1 / self.prox)
+        )
         if self.lower_lr is not None:
             curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), pull)
         return ProxF2SAState(x, y, y, y, y, pull, 0, self.upper.init(x), curvature, None)
@@ -134,7 +136,8 @@ class ProxF2SA(Solver[ProxF2SAState]):
         x, y, z, w, u = state.x, state.y, state.value, state.near_y, state.near_value
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         curvature, lr = state.curvature, None if self.lower_lr is None else at(self.lower_lr, None, state.step)
-        for k in range(first, first + self.lower_steps):
+        for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
+            k = first + t
             y_step, z_step = self._batches(k)
             in_u = oracles.lower_gradient(x, u, z_step)[1]
             in_w = oracles.lower_gradient(x, w, y_step)[1] + oracles.upper_gradient(x, w, k).y / penalty
