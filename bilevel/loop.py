@@ -35,6 +35,7 @@ from bilevel.status import (
 OnNonFinite: TypeAlias = Literal["raise", "skip", "backtrack"]
 BACKTRACKS = 10
 RUNAWAY = 1e3
+LOST = 1e8
 RECORDED = 256
 
 
@@ -90,7 +91,8 @@ def solve(
     state = solver.init(oracles, x, y) if resume is None else _resumed(resume, x, y)
     if resume is not None:
         oracles.counts = resume.counts
-    run, last = _Run(oracles, begin), state.step + steps
+    size = 1 + math.hypot(float(state.x.norm()), float(state.y.norm()))
+    run, last = _Run(oracles, begin, size), state.step + steps
     previous, halvings = None, 0
     with Bar(steps, progress) as bar:
         while state.step < last and run.status is None:
@@ -99,6 +101,7 @@ def solve(
                 after = solver.step(oracles, state)
                 solver.inspect(oracles, after)
                 trouble = _trouble(oracles, after) or run.runaway(after, on_nonfinite)
+                run.check_size(after)
             except LinearSolveFailed as error:
                 run.end(error.status, str(error))
                 break
@@ -175,8 +178,8 @@ def _resumed(resume: Solution, x: Tensor, y: Tensor) -> Any:
 class _Run:
     """What the loop accumulates."""
 
-    def __init__(self, oracles: Oracles, begin: float) -> None:
-        self.oracles, self.begin, self.history = oracles, begin, History()
+    def __init__(self, oracles: Oracles, begin: float, size: float) -> None:
+        self.oracles, self.begin, self.size, self.history = oracles, begin, size, History()
         self.best: tuple[float, Tensor, Tensor] | None = None
         self.status: Status | None = None
         self.message = ""
@@ -197,6 +200,16 @@ class _Run:
             return None
         first, now = self.history["stationarity"][0], float(after.metrics.stationarity)
         return f"the stationarity went from {first:.3g} to {now:.3g}" if now > RUNAWAY * first > 0 else None
+
+    def check_size(self, after: Any) -> None:
+        """Raise where x or y has left the scale of its start far behind, and will overflow only much later."""
+        for name, point in (("x", after.x), ("y", after.y)):
+            size = float(point.norm())
+            if LOST * self.size < size < math.inf:
+                raise Diverged(
+                    f"{name} ran away at step {after.step}, to a norm of {size:.3g}; take shorter steps, or bound the "
+                    "problem (upper_set, a regularizer)."
+                )
 
     def end(self, status: Status, message: str) -> None:
         self.status, self.message = status, message

@@ -58,5 +58,8 @@ def curvatures(
         difference: Tensor = (gradient(point + step * v) - gradient(point - step * v)) / (2 * step)
         return difference
 
-    low, high = ritz_range(product, random_signs(point, seed), steps)
+    # Signs alone are orthogonal to (1, 1), a direction that matters in objectives such as (x + y)^2.
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 0.5 + torch.rand(point.shape[-1:], generator=generator, dtype=torch.float64).to(point)
+    low, high = ritz_range(product, random_signs(point, seed) * sizes, steps)
     return low.min().to(point.dtype), high.max().to(point.dtype)

@@ -12,14 +12,18 @@ from torch import Tensor
 from bilevel.aggregated import Aggregated
 from bilevel.joint import coupling
 from bilevel.oracles import Oracles
-from bilevel.smoothness import smoothness
+from bilevel.smoothness import curvatures, smoothness
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
 SAFE = 0.8
 """Steps of y and of the multiplier, in units of 1 / curvature; 2 is the limit."""
 SLOW = 0.05
-"""Steps of x, in units of 1 / curvature: x must move more slowly than y and the multiplier can follow."""
+"""Steps of x in units of 1 / curvature, where g is not strongly convex."""
+FOLLOWED = 1.5
+"""Steps of x in units of (rate of y and multiplier) / curvature, where g is; the linear theory's limit is 2."""
+FLAT = 1e-3
+"""Least curvature of g in units of the largest, below which g does not count as strongly convex."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,36 @@ S1, S2, S3 = Powers(2, 7, 1 / 40), Powers(1, 5, 1 / 40), Powers(0, 3, 1 / 40)
 
 
 class Curvatures(NamedTuple):
-    """Largest curvatures at the point where they were measured.
+    """Curvatures at the point where they were measured.
 
     Args:
-        upper: of f in y.
-        lower: of g in y.
-        x: of f(x, y*(x)) in x, if the whole lower curvature were `lower`; a lower bound otherwise.
+        upper: largest of f in y.
+        lower: largest of g in y.
+        least: least of g in y.
+        x: largest of f in x.
+        mixed: largest singular value of d2g/dydx.
     """
 
     upper: Tensor
     lower: Tensor
+    least: Tensor
     x: Tensor
+    mixed: Tensor
 
     def aggregated(self, mu: float) -> Tensor:
         """Return a bound of the curvature of `mu f + (1 - mu) g` in y."""
         return mu * self.upper + (1 - mu) * self.lower
+
+    def upper_lr(self, beta: float | Tensor) -> Tensor:
+        """Return a step of x that y and the multiplier, with steps beta, can follow."""
+        plain = SLOW / self.descended(self.lower)
+        strong = self.least > FLAT * self.lower
+        followed = FOLLOWED * beta * self.least / self.descended(torch.where(strong, self.least, self.lower))
+        return torch.where(strong, torch.minimum(plain, followed), plain)
+
+    def descended(self, h: Tensor) -> Tensor:
+        """Return a bound of the curvature of f(x, y*(x)) where that of g in y is h in all directions."""
+        return (self.x + (self.mixed / h).square() * self.upper).clamp_min(torch.finfo(h.dtype).eps)
 
 
 class BAMMState(NamedTuple):
@@ -100,8 +119,8 @@ class BAMM(Solver[BAMMState]):
         decay: >= 0, of mu. The answer has a bias of the order of the last mu (none where one y minimizes both).
         powers: how steps shrink with mu. The default keeps them; S1, S2 and S3 are the authors' strategies.
         lr: > 0, beta, and eta before its powers; None takes 0.8 / (curvature of psi in y), measured.
-        upper_lr: > 0, alpha before its powers; None takes 0.05 / (curvature in x), measured. Badly conditioned lower
-            objectives need less.
+        upper_lr: > 0, alpha before its powers; None measures how fast x may move for y and the multiplier to follow.
+            With a badly conditioned g that is slow, and several steps on y for each of x (another solver) are better.
         upper_factor: > 0, multiplies alpha, measured or not.
         measure_every: measure curvatures again after so many steps; 0 never.
 
@@ -112,7 +131,8 @@ class BAMM(Solver[BAMMState]):
     Notes:
         Metrics: `stationarity` is the norm of the conditions of the first order of `min f s.t. dpsi/dy = 0` (with
         `mu=0` of `dg/dy = 0`), x's part projected; `residual` is that of the multiplier, relative to df/dy.
-        With `mu=0` and a singular Hessian the multiplier grows without bound and x stops at a wrong point.
+        One step on y and multiplier for each of x is stable, in a badly conditioned g, only if x's steps shrink with the
+        cube of the condition: from 10 on other solvers are faster. With `mu=0` and a singular Hessian the multiplier grows without bound and x stops at a wrong point.
         The authors' `mu=.9, decay=.1` leave `mu = .33` after 20,000 steps; hence the default here.
 
     References:
@@ -155,24 +175,23 @@ class BAMM(Solver[BAMMState]):
             InvalidProblem: the problem has a part that this solver cannot treat, or `lr` is too large for it.
         """
         self.refuse(oracles.problem)
-        curvatures = _curvatures(oracles, x, y, 0)
-        largest = float(torch.maximum(curvatures.aggregated(self.mu), curvatures.lower))
+        seen = _curvatures(oracles, x, y, 0)
+        largest = float(torch.maximum(seen.aggregated(self.mu), seen.lower))
         if self.lr is not None and self.lr * largest >= 2:
             raise InvalidProblem(
                 f"lr={self.lr:.3g} is too large: the curvature of mu f + (1 - mu) g is {largest:.3g} at the start, and "
                 f"steps beyond {2 / largest:.3g} diverge. Leave lr=None."
             )
-        return BAMMState(x, y, torch.zeros_like(y), 0, curvatures, None)
+        return BAMMState(x, y, torch.zeros_like(y), 0, seen, None)
 
     def step(self, oracles: Oracles, state: BAMMState) -> BAMMState:
         """Return the state after one step of y, multiplier and x, each from the old point."""
         x, y, v, k = state.x, state.y, state.multiplier, state.step
-        curvatures = state.curvatures
-        if self.measure_every and k and k % self.measure_every == 0:
-            curvatures = _curvatures(oracles, x, y, k)
+        measure = self.measure_every and k and k % self.measure_every == 0
+        seen = _curvatures(oracles, x, y, k) if measure else state.curvatures
         mu = self.mu * (k + 1) ** -self.decay
-        beta = SAFE / curvatures.aggregated(mu) if self.lr is None else self.lr
-        alpha = SLOW / curvatures.x if self.upper_lr is None else self.upper_lr
+        beta = SAFE / seen.aggregated(mu) if self.lr is None else self.lr
+        alpha = seen.upper_lr(beta) if self.upper_lr is None else self.upper_lr
         for_v, for_x = self.powers.factors(k + 1, mu)
 
         f = oracles.upper_gradient(x, y, k)
@@ -185,7 +204,7 @@ class BAMM(Solver[BAMMState]):
             y=y - beta * psi.gradient,
             multiplier=v - beta * for_v * residual,
             step=k + 1,
-            curvatures=curvatures,
+            curvatures=seen,
             metrics=Metrics(
                 upper_value=f.value,
                 stationarity=(psi.gradient.square().sum() + residual.square().sum() + moved.square().sum()).sqrt(),
@@ -205,8 +224,11 @@ class BAMM(Solver[BAMMState]):
 def _curvatures(oracles: Oracles, x: Tensor, y: Tensor, k: int) -> Curvatures:
     """Measure, by differences of gradients on the batches of step k."""
     tiny = torch.finfo(y.dtype).eps
-    upper = smoothness(lambda v: oracles.upper_gradient(x, v, k).y, y).clamp_min(tiny)
-    lower = smoothness(lambda v: oracles.lower_gradient(x, v, k)[1], y).clamp_min(tiny)
-    alone = smoothness(lambda u: oracles.upper_gradient(u, y, k).x, x)
-    mixed = coupling(lambda u, v: oracles.lower_gradients(u, v, k)[1:], x, y)
-    return Curvatures(upper, lower, (alone + (mixed / lower).square() * upper).clamp_min(tiny))
+    least, largest = curvatures(lambda v: oracles.lower_gradient(x, v, k)[1], y)
+    return Curvatures(
+        upper=smoothness(lambda v: oracles.upper_gradient(x, v, k).y, y).clamp_min(tiny),
+        lower=torch.maximum(least.abs(), largest.abs()).clamp_min(tiny),
+        least=least,
+        x=smoothness(lambda u: oracles.upper_gradient(u, y, k).x, x),
+        mixed=coupling(lambda u, v: oracles.lower_gradients(u, v, k)[1:], x, y),
+    )

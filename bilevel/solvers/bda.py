@@ -50,7 +50,7 @@ class BDA(Solver[BDAState]):
         y_t+1 = y_t - s (mu_t df/dy + (1 - mu_t) dg/dy),   mu_t = mu (t + 1)^-decay,   t = 0 .. T - 1
 
     It is for convex lower objectives with many minimizers: g alone says nothing about where in the set of its
-    minimizers y should go, f does. The answer depends on T and, unless it falls fast enough, on mu.
+    minimizers y should go, f does. The answer has a bias of the order of the last mu.
 
     Args:
         upper: optimizer of x.
@@ -58,8 +58,8 @@ class BDA(Solver[BDAState]):
         mu: 0 <= mu <= 1, weight of f at the first unrolled step; 0 is plain unrolling.
         decay: >= 0, of mu over the unrolled steps.
         lr: > 0, s; None takes 0.8 / (curvature of the average), measured.
-        restart: begin each time where the solve began, as the authors do; else at the last y_T, and then the gradient
-            ignores how that depends on x.
+        restart: begin each time where the solve began, as the authors do; the answer then depends on that point, the
+            more the fewer the steps. Else begin at the last y_T, and the gradient ignores how that depends on x.
         measure_every: measure curvatures again after so many upper steps; 0 never.
 
     Cost:
@@ -88,7 +88,7 @@ class BDA(Solver[BDAState]):
     mu: float = 0.5
     decay: float = 1.0
     lr: float | None = None
-    restart: bool = True
+    restart: bool = False
     measure_every: int = 500
 
     def __post_init__(self) -> None:
