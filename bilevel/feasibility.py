@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linearization import gradients, leaves_of
-from bilevel.multipliers import Rows, constraint_rows, constraint_terms, names, violation
+from bilevel.multipliers import Rows, Scale, constraint_rows, constraint_terms, names, violation
 from bilevel.oracles import Constraint, Oracles
 from bilevel.status import Infeasible, InfeasibleStart, InvalidProblem, MultiplierAtBound, MultipliersUnbounded
 
@@ -100,9 +100,7 @@ def restored(
     return x, y, rows
 
 
-def inspect_multipliers(
-    oracles: Oracles, x: Tensor, y: Tensor, multiplier: Tensor, norms: Tensor, inequalities: int, step: int
-) -> None:
+def inspect_multipliers(oracles: Oracles, x: Tensor, y: Tensor, multiplier: Tensor, scale: Scale, step: int) -> None:
     """Raise where multipliers run away: because the lower level is empty at x, or for want of a qualification.
 
     Args:
@@ -110,8 +108,7 @@ def inspect_multipliers(
         x: `[p]`.
         y: `[d]` or `[m, d]`.
         multiplier: `[n]` or `[m, n]`.
-        norms: lengths of the constraints' gradients in y where they were first measured, shaped like the multiplier.
-        inequalities: how many of the n are inequalities.
+        scale: of the constraints.
         step: whose lower batch the constraints see.
 
     Raises:
@@ -121,6 +118,7 @@ def inspect_multipliers(
     Cost:
         Two gradients; where the multipliers are suspicious, those of `restored`.
     """
+    norms, inequalities = scale.norms, scale.inequalities
     value = constraint_terms(oracles, x, y, None, inequalities, step).value
     held = _held(multiplier, value, norms, inequalities)
     pull = constraint_terms(oracles, x, y, held, inequalities, step).y.norm()
@@ -160,7 +158,7 @@ def _newton(rows: Rows, missed: Tensor, x: Tensor, move_x: bool) -> tuple[Tensor
         both = torch.cat([rows.x, rows.y], -1) * mask[:, None]
         step = -(torch.linalg.pinv(both.double()) @ missed.double()).to(x.dtype)
         return step[: len(x)], step[len(x) :]
-    in_y = (rows.y if rows.y.dim() == 2 else rows.y.transpose(0, 1)) * mask[..., None]
+    in_y = rows.by_block() * mask[..., None]
     step = -(torch.linalg.pinv(in_y.double()) @ missed.double()[..., None])[..., 0]
     return torch.zeros_like(x), step.to(x.dtype)
 
@@ -172,7 +170,7 @@ def _held(multiplier: Tensor, value: Tensor, norms: Tensor, inequalities: int) -
 
 
 def _missed(rows: Rows, y: Tensor) -> bool:
-    tolerance = 10 * torch.finfo(y.dtype).eps ** 0.5 * (1 + y.norm()) * rows.norms.clamp_min(1.0)
+    tolerance = 10 * torch.finfo(y.dtype).eps ** 0.5 * (1 + y.norm()) * rows.by_block().norm(dim=-1).clamp_min(1.0)
     return bool((violation(rows.value, rows.inequalities).abs() > tolerance).any())
 
 
@@ -229,7 +227,7 @@ def _projected(oracles: Oracles, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "finite). It must return the nearest feasible pair (x, y)."
         )
     rows = constraint_rows(oracles, x, y)
-    amounts = violation(rows.value, rows.inequalities).abs() / rows.norms
+    amounts = violation(rows.value, rows.inequalities).abs() / rows.by_block().norm(dim=-1).clamp_min(1e-3)
     if amounts.numel() and float(amounts.max()) > 1e-3 * (1 + float(once.norm())):
         index = int(amounts.argmax()) % amounts.shape[-1]
         raise InvalidProblem(

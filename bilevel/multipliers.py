@@ -7,8 +7,12 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from bilevel.linear._lanczos import random_signs
 from bilevel.linearization import gradients, join, leaves_of
 from bilevel.oracles import Constraint, ConstraintGradient, Oracles
+from bilevel.smoothness import smoothness
+
+NEARBY = 0.1
 
 
 class Rows(NamedTuple):
@@ -26,21 +30,50 @@ class Rows(NamedTuple):
     y: Tensor
     inequalities: int
 
-    @property
-    def norms(self) -> Tensor:
-        """Lengths of the gradients in y, shaped like `value`; 1 for those that vanish."""
-        norms = self.y.norm(dim=-1)
-        norms = norms if norms.dim() == 1 else norms.T
-        return torch.where(norms > 0, norms, torch.ones_like(norms))
+    def by_block(self) -> Tensor:
+        """Return the gradients in y as one matrix `[n, d]`, or one for each block `[m, n, d]`."""
+        return self.y if self.y.dim() == 2 else self.y.transpose(0, 1)
 
-    @property
-    def coupling(self) -> Tensor:
-        """Largest singular value of the gradients in y, each scaled to length 1 (over all blocks); 0-dim."""
-        if not len(self.y):
-            return self.y.new_zeros(())
-        by_block = self.y if self.y.dim() == 2 else self.y.transpose(0, 1)
-        largest: Tensor = torch.linalg.matrix_norm(by_block / self.norms[..., None], 2).amax().clamp_min(1.0)
-        return largest
+
+class Scale(NamedTuple):
+    """How constraints are scaled: what steps of multipliers rest on, measured at the start.
+
+    Args:
+        norms: typical lengths of the gradients in y near the start, `[n]` or `[m, n]`: the larger of those there and
+            at a point nearby, since a gradient may vanish at the start. 1 where both vanish.
+        coupling: largest singular value of the gradients at the start, each over its norm (over all blocks), at least
+            1; 0-dim. 0 without constraints.
+        bend: curvature in y of the sum of all constraints, each over its norm; 0-dim, 0 for linear ones.
+        inequalities: how many constraints are inequalities; they come first.
+    """
+
+    norms: Tensor
+    coupling: Tensor
+    bend: Tensor
+    inequalities: int
+
+    def curvature(self, multiplier: Tensor) -> Tensor:
+        """Estimate the curvature in y of `<multiplier, (c, h)>`, from above where all constraints are convex."""
+        if not multiplier.numel():
+            return self.bend
+        return self.bend * (multiplier.abs() * self.norms).amax()
+
+    @classmethod
+    def measure(cls, oracles: Oracles, x: Tensor, y: Tensor) -> Scale:
+        """Measure at a start. Cost: 2 gradients for each constraint, and 16 of all of them."""
+        rows = constraint_rows(oracles, x, y)
+        if not rows.value.numel():
+            none = y.new_zeros(())
+            return cls(torch.zeros_like(rows.value), none, none, 0)
+        spread = NEARBY * (1 + y.norm()) * random_signs(y, 0) / y.shape[-1] ** 0.5
+        near = constraint_rows(oracles, x, oracles.project_y(y + spread))
+        norms = torch.maximum(rows.by_block().norm(dim=-1), near.by_block().norm(dim=-1).nan_to_num(0.0, 0.0))
+        norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+        coupling = torch.linalg.matrix_norm(rows.by_block() / norms[..., None], 2).amax().clamp_min(1.0)
+        bend = smoothness(lambda v: constraint_terms(oracles, x, v, 1 / norms, rows.inequalities).y, y)
+        # Below this, differences of gradients are rounding: the constraints are linear.
+        bend = torch.where(bend > torch.finfo(y.dtype).eps ** 0.5, bend, torch.zeros_like(bend))
+        return cls(norms, coupling, bend.nan_to_num(0.0), rows.inequalities)
 
 
 def names(oracles: Oracles) -> list[Constraint]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.feasibility import inspect_multipliers, warn_at_bound
 from bilevel.moreau import check_runaway
-from bilevel.multipliers import clipped, constraint_rows, constraint_terms
+from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
@@ -42,9 +42,7 @@ class BLOCCState(NamedTuple):
         multiplier: its multipliers, `[n]` or `[m, n]`, in the user's units.
         relaxed: the lower solution with f / penalty added, and its multipliers.
         upper: state of the upper optimizer.
-        norms: lengths of the constraints' gradients in y at the start, shaped like the multipliers.
-        coupling: largest singular value of those gradients, each scaled to length 1; 0-dim.
-        inequalities: how many multipliers belong to c.
+        scale: of the constraints, at the start.
         touched: the first step after which a multiplier was at its bound, -1 if none was; 0-dim.
         size: of the start, `1 + ‖(x, y)‖`.
         curvature: largest curvatures in y.
@@ -57,9 +55,7 @@ class BLOCCState(NamedTuple):
     multiplier: Tensor
     relaxed: Saddle
     upper: Any
-    norms: Tensor
-    coupling: Tensor
-    inequalities: int
+    scale: Scale
     touched: Tensor
     size: Tensor
     curvature: Curvature
@@ -86,8 +82,8 @@ class BLOCC(Solver[BLOCCState]):
     Args:
         upper: optimizer of x; `SGD(τ)` is the paper's.
         penalty: λ > 0; a number, or a schedule of the step. The bias of x falls like 1 / λ.
-        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ)`; a number, or a schedule of the step. None: 0.8 /
-            that curvature, measured at the start and followed.
+        lower_lr: γ > 0, stable below `2 / (curvature of g + <m, c> + f / λ)`; a number, or a schedule of the step.
+            None: 0.8 / that curvature, measured at the start and followed (that of c: only measured).
         multiplier_lr: σ γ b² in (0, 2], b the length of the scaled constraints: the constraints are scaled so that
             their gradients in y have length 1 at the start.
         lower_steps: T >= 1.
@@ -99,7 +95,7 @@ class BLOCC(Solver[BLOCCState]):
     Cost:
         Per step: T + 1 upper and 2 (T + 1) lower gradients, 2 (T + 1) gradients and 2 T values of each of c and h, 1
         upper value, 0 HVPs; with `lower_lr=None` one lower gradient more. At the start: 16 gradients of each level and
-        one for each constraint. Memory: three vectors like y.
+        of the constraints together, 2 of each constraint. Memory: three vectors like y.
 
     Notes:
         Metrics: `stationarity` is the norm of `x - P_X(x - h)` and of the last moves of y, z, m and n, over the lengths
@@ -152,26 +148,25 @@ class BLOCC(Solver[BLOCCState]):
         curvature = Curvature.measure(oracles, x, y)
         if self.lower_lr is not None:
             curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
-        rows = constraint_rows(oracles, x, y)
-        none, size = torch.zeros_like(rows.norms), 1 + torch.cat([x, y.flatten()]).norm()
+        scale = Scale.measure(oracles, x, y)
+        none, size = torch.zeros_like(scale.norms), 1 + torch.cat([x, y.flatten()]).norm()
         return BLOCCState(
-            x, y, 0, none, Saddle(y, none), self.upper.init(x), rows.norms, rows.coupling, rows.inequalities,
+            x, y, 0, none, Saddle(y, none), self.upper.init(x), scale,
             torch.full((), -1, device=x.device), size, curvature, None,
         )  # fmt: skip
 
     def step(self, oracles: Oracles, state: BLOCCState) -> BLOCCState:
         """Return the state after `lower_steps` primal-dual steps of both saddle points and one of x."""
-        x, q, curvature = state.x, state.inequalities, state.curvature
+        x, q, curvature = state.x, state.scale.inequalities, state.curvature
         lower, relaxed = Saddle(state.y, state.multiplier), state.relaxed
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
-        lr = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         moves: list[Tensor] = []
         for k in range(first, first + self.lower_steps):
             in_z = oracles.lower_gradient(x, lower.y, k)[1]
             in_y = oracles.lower_gradient(x, relaxed.y, k)[1] + oracles.upper_gradient(x, relaxed.y, k).y / penalty
-            if lr is None:
+            if self.lower_lr is None and k == first:
                 curvature = curvature.followed(oracles, x, lower.y, in_z, k)
-                lr = curvature.step(penalty)
+            lr = self._lr(state, curvature, torch.maximum(lower.multiplier.abs(), relaxed.multiplier.abs()), penalty)
             (lower, moved), (relaxed, also) = (
                 self._saddle_step(oracles, state, lower, in_z, lr, k),
                 self._saddle_step(oracles, state, relaxed, in_y, lr, k),
@@ -214,24 +209,29 @@ class BLOCC(Solver[BLOCCState]):
         )  # fmt: skip
         warn_at_bound(state.touched, state.step, self.bound, "BLOCC(bound=...)")
         if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:
-            inspect_multipliers(
-                oracles, state.x, state.y, state.multiplier, state.norms, state.inequalities, state.step - 1
-            )
+            inspect_multipliers(oracles, state.x, state.y, state.multiplier, state.scale, state.step - 1)
 
     def backtracked(self, factor: float) -> BLOCC:
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor))
 
+    def _lr(
+        self, state: BLOCCState, curvature: Curvature, multiplier: Tensor, penalty: float | Tensor
+    ) -> float | Tensor:
+        if self.lower_lr is not None:
+            return at(self.lower_lr, None, state.step)
+        return curvature.step(penalty, state.scale.curvature(multiplier))
+
     def _saddle_step(
         self, oracles: Oracles, state: BLOCCState, saddle: Saddle, gradient: Tensor, lr: float | Tensor, k: int
     ) -> tuple[Saddle, list[Tensor]]:
         """Step y down and then the multipliers up; also return both moves over the lengths of their steps."""
-        x, q = state.x, state.inequalities
+        x, q, norms = state.x, state.scale.inequalities, state.scale.norms
         pull = constraint_terms(oracles, x, saddle.y, saddle.multiplier, q, k).y
         y = oracles.project_y(saddle.y - lr * (gradient + pull))
         # In the user's units: scaling the constraint by 1 / norm scales its slope in the multiplier by 1 / norm².
-        dual_lr = self.multiplier_lr / (lr * state.coupling.square() * state.norms.square())
+        dual_lr = self.multiplier_lr / (lr * state.scale.coupling.square() * norms.square())
         value = constraint_terms(oracles, x, y, None, q, k).value
         multiplier = clipped(saddle.multiplier + dual_lr * value, self.bound, q)
-        moved = (saddle.multiplier - multiplier) / (dual_lr * state.norms)
+        moved = (saddle.multiplier - multiplier) / (dual_lr * norms)
         return Saddle(y, multiplier), [((saddle.y - y) / lr).flatten(), moved.flatten()]

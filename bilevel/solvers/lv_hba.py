@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.feasibility import inspect_multipliers, warn_at_bound
 from bilevel.moreau import FLAT, SAFE, Curvatures, check_lr, check_runaway
-from bilevel.multipliers import clipped, constraint_rows, constraint_terms
+from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
@@ -29,9 +29,7 @@ class LVHBAState(NamedTuple):
         theta: the lower copy in the saddle point problem of the value function, shaped like y.
         multiplier: its multipliers, of c then of h, in the user's units, `[n]` or `[m, n]`.
         tracker: z, what the multipliers are held close to, shaped like them.
-        norms: lengths of the constraints' gradients in y at the start, shaped like the multipliers.
-        coupling: largest singular value of those gradients, each scaled to length 1; 0-dim.
-        inequalities: how many multipliers belong to c.
+        scale: of the constraints, at the start.
         touched: the first step after which a multiplier was at its bound, -1 if none was; 0-dim.
         curvature: what the measured steps rest on.
         metrics: what the last step saw.
@@ -43,9 +41,7 @@ class LVHBAState(NamedTuple):
     theta: Tensor
     multiplier: Tensor
     tracker: Tensor
-    norms: Tensor
-    coupling: Tensor
-    inequalities: int
+    scale: Scale
     touched: Tensor
     curvature: Curvatures
     metrics: Metrics | None
@@ -87,7 +83,7 @@ class LVHBA(Solver[LVHBAState]):
 
     Cost:
         Per step: 3 lower gradients, 1 upper one, 2 gradients of each of c and h, 1 joint projection; no HVP. Memory: 2
-        copies of y. At the start 48 gradients and one for each constraint.
+        copies of y. At the start 48 gradients, 16 of the constraints together and 2 of each.
 
     Notes:
         `stationarity` is `c_k` times the moves of (x, y, z, θ, λ), each over its step: an estimate of the paper's
@@ -138,20 +134,19 @@ class LVHBA(Solver[LVHBAState]):
                 "LVHBA projects on {(x, y): c <= 0, h = 0}: pass Problem(joint_set=...), such as JointHalfspace or "
                 "JointPolyhedron of bilevel.sets.joint. Where that is too hard, BLOCC needs no projection."
             )
-        rows = constraint_rows(oracles, x, y)
+        scale = Scale.measure(oracles, x, y)
         curvature = Curvatures.measure(oracles, x, y, declared=True)
-        none = torch.zeros_like(rows.norms)
+        none = torch.zeros_like(scale.norms)
         state = LVHBAState(
-            x, y, 0, y, none, none, rows.norms, rows.coupling, rows.inequalities,
-            torch.full((), -1, device=x.device), curvature, None,
+            x, y, 0, y, none, none, scale, torch.full((), -1, device=x.device), curvature, None,
         )  # fmt: skip
         self._check_rates(state)
         return state
 
     def step(self, oracles: Oracles, state: LVHBAState) -> LVHBAState:
         """Return the state after one step of θ and λ, then of x, y and z."""
-        x, y, k, q = state.x, state.y, state.step, state.inequalities
-        z, norms, penalty = state.tracker, state.norms, at(self.penalty, None, k)
+        x, y, k, q = state.x, state.y, state.step, state.scale.inequalities
+        z, norms, penalty = state.tracker, state.scale.norms, at(self.penalty, None, k)
         gamma, dual_gamma = self._gammas(state)
         lr, upper_lr, tracker_lr = self._rates(state, penalty)
 
@@ -186,7 +181,7 @@ class LVHBA(Solver[LVHBAState]):
         )
         at_bound = (multiplier.abs() >= self.bound).any() & (state.touched < 0)
         return LVHBAState(
-            x_next, y_next, k + 1, theta, multiplier, tracker, norms, state.coupling, q,
+            x_next, y_next, k + 1, theta, multiplier, tracker, state.scale,
             torch.where(at_bound, torch.full_like(state.touched, k + 1), state.touched),
             state.curvature.followed(lower, value, y - theta), metrics,
         )  # fmt: skip
@@ -208,9 +203,7 @@ class LVHBA(Solver[LVHBAState]):
         )
         warn_at_bound(state.touched, state.step, self.bound, "LVHBA(bound=...)")
         if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:
-            inspect_multipliers(
-                oracles, state.x, state.y, state.multiplier, state.norms, state.inequalities, state.step - 1
-            )
+            inspect_multipliers(oracles, state.x, state.y, state.multiplier, state.scale, state.step - 1)
 
     def backtracked(self, factor: float) -> LVHBA:
         """Return this solver with upper steps `factor` times as long."""
@@ -226,8 +219,9 @@ class LVHBA(Solver[LVHBAState]):
         """Return the largest stable η: `2 Re m / |m|²` over the eigenvalues m of the saddle point problem."""
         gamma, dual_gamma = self._gammas(state)
         least = torch.minimum(1 / gamma, 1 / dual_gamma)
-        most = torch.maximum(state.curvature.lower + 1 / gamma, 1 / dual_gamma)
-        square = state.coupling.square()
+        bent = state.scale.curvature(state.multiplier)
+        most = torch.maximum(state.curvature.lower + bent + 1 / gamma, 1 / dual_gamma)
+        square = state.scale.coupling.square()
         return torch.minimum(2 * least / (least.square() + square), 2 * most / (most.square() + square))
 
     def _rates(self, state: LVHBAState, penalty: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
