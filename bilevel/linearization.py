@@ -39,6 +39,8 @@ def gradients(outputs: Leaves, inputs: Leaves, weights: Leaves | None = None, **
 def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> Tensor:
     """Concatenate leaves into one flat vector, with zeros for those that are None."""
     rows = () if layout.blocks is None else (layout.blocks,)
+    if all(leaf is None for leaf in leaves):
+        return like.new_zeros((*lead, *rows, layout.size))
     filled = [
         like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf
         for leaf, shape in zip(leaves, layout.shapes, strict=True)

@@ -271,7 +271,8 @@ class CG(LinearSolver):
             beta = rho / last
             beside.append(math.sqrt(beta) / a)
             carried = beta / a
-            p = torch.add(z, p, alpha=beta)
+            # In place: a fresh vector of this size costs more in page faults than the arithmetic.
+            p.mul_(beta).add_(z)
             # r is orthogonal to the last direction, to rounding.
             length = rho + beta * beta * length if prepared is None else _dot(p, p)
         if prepared is None and diagonal:
