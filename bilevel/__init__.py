@@ -31,7 +31,27 @@ from bilevel.regularizers import L2, ElasticNet, Regularizer
 from bilevel.session import Session
 from bilevel.sets import Affine, Ball, Box, Halfspace, L1Ball, NonNegative, Product, Set, Simplex
 from bilevel.solution import History, Solution
-from bilevel.solvers import HypergradientDescent, amigo, imaml, implicit, neumann, nystrom
+from bilevel.solvers import (
+    BAMM,
+    BDA,
+    BLOCC,
+    BOME,
+    F2SA,
+    F3SA,
+    GPBGD,
+    KKT,
+    LVHBA,
+    MEHA,
+    VPBGD,
+    HypergradientDescent,
+    ProxF2SA,
+    SparseDescent,
+    amigo,
+    imaml,
+    implicit,
+    neumann,
+    nystrom,
+)
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import (
     BilevelError,
@@ -53,16 +73,16 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "CG", "GMRES", "L2", "LBFGS", "MFAC", "MINRES", "SGD",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L2", "LBFGS", "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD",
     "Adam", "AdamW", "Affine", "Ball", "BilevelError", "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine",
     "Counts", "DataExhausted", "DataSource", "Dense", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event",
     "Full", "FunctionalModule", "Halfspace", "History", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "IneffectiveHyperparameter", "InvalidProblem", "Jacobi",
     "L1Ball", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Metrics",
     "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner",
-    "Operator", "Optimizer", "Oracles", "PrecisionWarning", "Problem", "Product", "Regularizer", "Sama",
+    "Operator", "Optimizer", "Oracles", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer", "Sama",
     "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution",
-    "SolveFailed", "Solver", "Status", "StepDecay", "UnusedHyperparameter",
+    "SolveFailed", "Solver", "SparseDescent", "Status", "StepDecay", "UnusedHyperparameter",
     "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit", "neumann", "nystrom",
     "problems", "solve",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from bilevel import problems, solvers
-from bilevel.compare import compare, describe, spread
+from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
 from bilevel.problems import Task
 from bilevel.report import Row, table, write_json
@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
     (name, solver), *more = parse_solvers(options.solver).items()
     if more:
         raise InvalidProblem("run takes one solver; compare takes several.")
-    steps = task.steps if options.steps is None else options.steps
+    steps = steps_for(task, solver) if options.steps is None else options.steps
     solution = solve(task.problem, solver, task.x0, task.y0, steps=steps, seed=options.seed)
     rows: list[Row] = [{"problem": task.name, "solver": name, "seed": options.seed} | describe(task, solution)]
     print(solution)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def compare(
         make_task: seed -> problem with its starts.
         solvers: name -> solver.
         seeds: also seed the batches.
-        steps: upper steps of every run; each task's own number if None.
+        steps: upper steps of every run; if None the task's own number, times what the solver needs of them.
         progress: as for `solve`.
 
     Returns:
@@ -49,7 +50,7 @@ def compare(
                     solver,
                     task.x0,
                     task.y0,
-                    steps=task.steps if steps is None else steps,
+                    steps=steps_for(task, solver) if steps is None else steps,
                     seed=seed,
                     progress=progress,
                 )
@@ -59,6 +60,11 @@ def compare(
                 row |= describe(task, solution)
             rows.append(row)
     return rows
+
+
+def steps_for(task: Task, solver: Solver[Any]) -> int:
+    """Return how many steps a solver gets by default: a single-loop method takes many cheap ones."""
+    return math.ceil(task.steps * solver.contract_steps / Solver.contract_steps)
 
 
 def describe(task: Task, solution: Solution) -> Row:

@@ -63,6 +63,8 @@ class Solver(ABC, Generic[S]):
     handles_constraints: ClassVar[bool] = False
     handles_nonsmooth: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    contract_steps: ClassVar[int] = 300
+    """Upper steps that the defaults need on the reference quadratic; comparisons scale a task's steps likewise."""
 
     def refuse(self, problem: Problem) -> None:
         """Raise InvalidProblem if the problem has a part that this solver cannot treat.

@@ -97,6 +97,7 @@ class KKT(Solver[KKTState]):
     needs_hvp: ClassVar[bool] = False
     handles_lower_set: ClassVar[bool] = True
     handles_constraints: ClassVar[bool] = True
+    contract_steps: ClassVar[int] = 8
 
     starts: int = 5
     spread: float = 1.0
@@ -221,6 +222,7 @@ class KKT(Solver[KKTState]):
             options=options,
             **second,
         )
+        system.oracles.count(values=int(found.nfev), gradients=int(found.njev))
         end = torch.as_tensor(found.x, dtype=start.dtype, device=start.device)
         return end if bool(end.isfinite().all()) else start
 
