@@ -17,6 +17,7 @@ Schedule: TypeAlias = float | Callable[[Any, int], float | Tensor]
 
 SAFE = 0.8
 """Lower step in units of 1 / curvature: measured curvatures approach the largest one from below."""
+LIMIT = 1.9
 FORGET = 0.99
 
 
@@ -45,17 +46,19 @@ class Curvature(NamedTuple):
 
     @classmethod
     def measure(cls, oracles: Oracles, x: Tensor, y: Tensor) -> Curvature:
-        """Measure both at a start. Cost: 16 gradients of each objective.
+        """Measure both at a start. Cost: 17 lower and 16 upper gradients (fewer in less than 8 dimensions).
 
         Raises:
             InvalidProblem: g is linear in y at the start.
         """
         lower = smoothness(lambda v: oracles.lower_gradient(x, v)[1], y)
         upper = smoothness(lambda v: oracles.upper_gradient(x, v).y, y)
-        if not float(lower) > 0:
+        gradient = oracles.lower_gradient(x, y)[1]
+        rounding = torch.finfo(y.dtype).eps ** (2 / 3) * gradient.norm() / (1 + y.norm())
+        if not float(lower) > 10 * float(rounding):
             raise InvalidProblem(
-                "the lower objective has no curvature in y at the start, so no step length can be measured there; "
-                "pass lower_lr, or start elsewhere."
+                "the lower objective has no curvature in y at the start, so no step is known to be stable; start "
+                "elsewhere, or add a regularizer (bilevel.L2)."
             )
         return cls(lower, upper, torch.full_like(y, y.numel() ** -0.5))
 
@@ -70,9 +73,13 @@ class Curvature(NamedTuple):
         turned = torch.where(seen > 0, product / seen.clamp_min(torch.finfo(y.dtype).tiny), self.direction)
         return Curvature(torch.maximum(seen, FORGET * self.lower + (1 - FORGET) * seen), self.upper, turned)
 
-    def step(self, penalty: float | Tensor, pull: float | Tensor = 0.0) -> Tensor:
-        """Return a step that is stable for g and for `g + f / penalty`, with `pull ‖y - center‖^2 / 2` added."""
-        return SAFE / (self.lower + self.upper / penalty + pull)
+    def step(self, penalty: float | Tensor, wanted: float | Tensor | None, pull: float | Tensor = 0.0) -> Tensor:
+        """Return the step wanted, cut where it would not be stable; None: a step that is safe.
+
+        It holds for g, and for `g + f / penalty`, with `pull ‖y - center‖^2 / 2` added to both.
+        """
+        total = self.lower + self.upper / penalty + pull
+        return SAFE / total if wanted is None else (LIMIT / total).clamp_max(wanted)
 
     def check(self, lr: float | Tensor, penalty: float | Tensor, pull: float | Tensor = 0.0) -> None:
         """Refuse a lower step beyond the limit of stability at the start.

@@ -54,16 +54,16 @@ class F2BA(Solver[F2BAState]):
     Args:
         upper: optimizer of x; `SGD(τ)` is the paper's, with τ about 1 / (curvature of F).
         penalty: λ > 0; in float32 stay below about 1e3.
-        lower_lr: > 0, stable below `2 / (curvature of g + f / λ)`. None: 0.8 / that curvature, measured at the start
-            and followed.
+        lower_lr: > 0, below `2 / (curvature of g + f / λ)`; that curvature is measured at the start and followed, and
+            longer steps are cut. None: 0.8 / that curvature.
         lower_steps: K >= 1.
 
     Raises:
         InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
 
     Cost:
-        Per step: K + 1 upper and 2 (K + 1) lower gradients, 1 upper value, 0 HVPs; with `lower_lr=None` two lower
-        gradients more. At the start: 16 gradients of each level. Memory: three vectors like y.
+        Per step: K + 1 upper and 2 (K + 1) lower gradients, 2 lower gradients for the curvature, 1 upper value, 0 HVPs.
+        At the start: 16 upper and 17 lower gradients. Memory: four vectors like y.
 
     Notes:
         The iterates are those of `F2SA` with a constant penalty and T = K; the paper shows that this choice, and not
@@ -110,13 +110,11 @@ class F2BA(Solver[F2BAState]):
 
     def step(self, oracles: Oracles, state: F2BAState) -> F2BAState:
         """Return the state after both inner loops and one step of x."""
-        x, curvature, first = state.x, state.curvature, state.step * (self.lower_steps + 1)
+        x, first = state.x, state.step * (self.lower_steps + 1)
         last = first + self.lower_steps
-        lr: float | Tensor | None = self.lower_lr
-        if lr is None:
-            gradient = oracles.lower_gradient(x, state.y, first)[1]
-            curvature = curvature.followed(oracles, x, state.y, gradient, first)
-            lr = curvature.step(self.penalty)
+        gradient = oracles.lower_gradient(x, state.y, first)[1]
+        curvature = state.curvature.followed(oracles, x, state.y, gradient, first)
+        lr = curvature.step(self.penalty, self.lower_lr)
 
         def in_z(z: Tensor, k: int) -> Tensor:
             return oracles.lower_gradient(x, z, k)[1]
@@ -147,9 +145,7 @@ class F2BA(Solver[F2BAState]):
         return replace(self, upper=self.upper.scaled(factor))
 
 
-def _descend(
-    gradient: Callable[[Tensor, int], Tensor], y: Tensor, lr: float | Tensor, first: int, steps: int
-) -> Tensor:
+def _descend(gradient: Callable[[Tensor, int], Tensor], y: Tensor, lr: Tensor, first: int, steps: int) -> Tensor:
     for k in range(steps):
         y = y - lr * gradient(y, first + k)
     return y

@@ -57,8 +57,8 @@ class F2SA(Solver[F2SAState]):
             and z, and x circles.
         penalty: λ > 0; a number, or a schedule of the step. Bias falls with it, rounding grows: in float32 stay below
             about 1e3.
-        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ)`; a number, or a schedule of the step. None: 0.8 /
-            that curvature, measured at the start and followed.
+        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `2 / (curvature of g + f / λ)`; that
+            curvature is measured at the start and followed, and longer steps are cut. None: 0.8 / that curvature.
         lower_steps: T >= 1.
         shared_batches: whether y and z see the same lower batches. The theory draws them independently, but λ then
             multiplies their differences.
@@ -67,8 +67,8 @@ class F2SA(Solver[F2SAState]):
         InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
 
     Cost:
-        Per step: T + 1 upper and 2 (T + 1) lower gradients, 1 upper value, 0 HVPs; with `lower_lr=None` one lower
-        gradient more. At the start: 16 gradients of each level. Memory: three vectors like y.
+        Per step: T + 1 upper and 2 (T + 1) lower gradients, 1 lower gradient for the curvature, 1 upper value, 0 HVPs.
+        At the start: 16 upper and 17 lower gradients. Memory: four vectors like y.
 
     Notes:
         Metrics: `stationarity` is the norm of `(x - P_X(x - h), dg/dy(x, z), dg/dy(x, y) + df/dy(x, y) / λ)`, since h
@@ -116,15 +116,15 @@ class F2SA(Solver[F2SAState]):
         """Return the state after `lower_steps` steps of y and z and one of x."""
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
-        lr = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = self._batches(k)
             in_z = oracles.lower_gradient(x, z, z_step)[1]
             in_y = oracles.lower_gradient(x, y, y_step)[1] + oracles.upper_gradient(x, y, k).y / penalty
-            if lr is None:
+            if t == 0:
                 curvature = curvature.followed(oracles, x, z, in_z, z_step)
-                lr = curvature.step(penalty)
+                lr = curvature.step(penalty, wanted)
             z = z - lr * in_z
             y = y - lr * in_y
         last = first + self.lower_steps

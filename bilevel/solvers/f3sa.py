@@ -71,8 +71,8 @@ class F3SA(Solver[F3SAState]):
     Args:
         upper: optimizer of x; `SGD(τ)` is the paper's. With one lower step for each upper one τ must be small.
         penalty: λ > 0; a number, or a schedule of the step.
-        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ)`; a number, or a schedule of the step. None: 0.8 /
-            that curvature, measured at the start and followed.
+        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `2 / (curvature of g + f / λ)`; that
+            curvature is measured at the start and followed, and longer steps are cut. None: 0.8 / that curvature.
         renewal: η in (0, 1]; a number, or a schedule of the step. The first step always takes 1.
         shared_batches: whether y and z see the same lower batches.
 
@@ -80,9 +80,8 @@ class F3SA(Solver[F3SAState]):
         InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
 
     Cost:
-        Per step: 4 upper and 8 lower gradients, twice those of F2SA with T = 1, 1 upper value, 0 HVPs; with
-        `lower_lr=None` one lower gradient more. At the start: 16 gradients of each level. Memory: seven vectors like y,
-        five like x.
+        Per step: 4 upper and 8 lower gradients, twice those of F2SA with T = 1, 1 lower gradient for the curvature, 1
+        upper value, 0 HVPs. At the start: 16 upper and 17 lower gradients. Memory: eight vectors like y, five like x.
 
     Notes:
         Metrics as of F2SA, with estimates in place of gradients. On equal schedules the gain over F2SA was a few
@@ -101,6 +100,7 @@ class F3SA(Solver[F3SAState]):
     """
 
     needs_hvp: ClassVar[bool] = False
+    contract_steps: ClassVar[int] = 1000
 
     upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.01))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
@@ -140,10 +140,8 @@ class F3SA(Solver[F3SAState]):
             a + keep * (b - c)
             for a, b, c in zip(now, old[:3], self._in_y(oracles, old_x, old_y, old_z, k), strict=True)
         )
-        curvature, lr = state.curvature, None if self.lower_lr is None else at(self.lower_lr, None, state.step)
-        if lr is None:
-            curvature = curvature.followed(oracles, x, z, now[0], self._batches(k)[1])
-            lr = curvature.step(penalty)
+        curvature = state.curvature.followed(oracles, x, z, now[0], self._batches(k)[1])
+        lr = curvature.step(penalty, None if self.lower_lr is None else at(self.lower_lr, None, state.step))
         new_z, new_y = z - lr * in_z, y - lr * (in_y + in_f / penalty)
 
         gap = Gap.at(oracles, x, new_y, new_z, k + 1, *self._batches(k + 1))

@@ -62,8 +62,8 @@ class ProxF2SA(Solver[ProxF2SAState]):
     Args:
         upper: optimizer of x; `SGD(τ)` is the paper's.
         penalty: λ > 0; a number, or a schedule of the step.
-        lower_lr: γ > 0, stable below `2 / (curvature of g + f / λ, plus 1 / ρ)`; a number, or a schedule of the step.
-            None: 0.8 / that curvature, measured at the start and followed.
+        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `2 / (curvature of g + f / λ, plus
+            1 / ρ)`; that is measured at the start and followed, and longer steps are cut. None: 0.8 in place of 2.
         lower_steps: T >= 1.
         prox: ρ > 0; in theory below 1 / (most negative curvature of g + f / λ in y); inf where both are convex. None:
             T / (largest curvature of g at the start), about as far as T steps go.
@@ -74,8 +74,8 @@ class ProxF2SA(Solver[ProxF2SAState]):
         InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
 
     Cost:
-        Per step: T + 1 upper and 2 (T + 1) lower gradients, 2 T projections on Y, 0 HVPs; with `lower_lr=None` one
-        lower gradient more. At the start: 16 gradients of each level. Memory: five vectors like y.
+        Per step: T + 1 upper and 2 (T + 1) lower gradients, 1 lower gradient for the curvature, 2 T projections on Y,
+        0 HVPs. At the start: 16 upper and 17 lower gradients. Memory: six vectors like y.
 
     Notes:
         The answer's y is the penalized one: where the lower solutions are many, it is the one that f prefers.
@@ -135,15 +135,16 @@ class ProxF2SA(Solver[ProxF2SAState]):
         """Return the state after `lower_steps` steps toward proximal points, two averages and one step of x."""
         x, y, z, w, u = state.x, state.y, state.value, state.near_y, state.near_value
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
-        curvature, lr = state.curvature, None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        curvature = state.curvature
+        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = self._batches(k)
             in_u = oracles.lower_gradient(x, u, z_step)[1]
             in_w = oracles.lower_gradient(x, w, y_step)[1] + oracles.upper_gradient(x, w, k).y / penalty
-            if lr is None:
+            if t == 0:
                 curvature = curvature.followed(oracles, x, u, in_u, z_step)
-                lr = curvature.step(penalty, state.pull)
+                lr = curvature.step(penalty, wanted, state.pull)
             u = oracles.project_y(u - lr * (in_u + state.pull * (u - z)))
             w = oracles.project_y(w - lr * (in_w + state.pull * (w - y)))
         z = (1 - self.averaging) * z + self.averaging * u
