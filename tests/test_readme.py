@@ -58,7 +58,12 @@ def test_solver_table_is_the_library() -> None:
     for name, row in rows.items():
         solver = getattr(solvers, name)()
         assert row["HVPs"] == ("yes" if solver.needs_hvp else "no"), name
-        assert row["Lower constraints"] == ("yes" if solver.handles_constraints else "no"), name
+        handled = {
+            "sets": solver.handles_lower_set,
+            "c(x, y) <= 0": solver.handles_constraints,
+            "kinks": solver.handles_nonsmooth,
+        }
+        assert row["Lower constraints, kinks"] == (", ".join(k for k, able in handled.items() if able) or "no"), name
 
 
 def test_years_are_those_of_the_docstrings() -> None:
