@@ -36,6 +36,11 @@ class Declared:
         """Return argmin_y `step r(x, y) + ‖y - v‖^2 / 2`; v itself without a regularizer."""
         return v if self.regularizer is None else self.regularizer.prox(self._coefficients, v, step)
 
+    @property
+    def by_entry(self) -> bool:
+        """Whether the curvature is diagonal."""
+        return self.regularizer is None or self.regularizer.by_entry
+
     def value(self, y: Tensor) -> Tensor | float:
         """Return r(x, y)."""
         return 0.0 if self.regularizer is None else self.regularizer.value(self._coefficients, y)

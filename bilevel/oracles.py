@@ -321,14 +321,19 @@ class Linearization:
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v, shaped like y. One HVP."""
         self._count("hvps", 1)
-        product = self._core.hvp(v)
-        return product if self.diagonal is None else product + self._declared.hvp(self._y, v)
+        return self._with_declared(self._core.hvp(v), v)
 
     def hvps(self, vectors: Tensor) -> Tensor:
         """Return H applied to k vectors `[k, *]`, as many at a time as memory allows. k HVPs."""
         self._count("hvps", len(vectors))
-        product = self._core.hvps(vectors, self._oracles.chunk)
-        return product if self.diagonal is None else product + self._declared.hvp(self._y, vectors)
+        return self._with_declared(self._core.hvps(vectors, self._oracles.chunk), vectors)
+
+    def _with_declared(self, product: Tensor, v: Tensor) -> Tensor:
+        if self.diagonal is None:
+            return product
+        if self._declared.by_entry:
+            return torch.addcmul(product, self.diagonal, v)
+        return product + self._declared.hvp(self._y, v)
 
     def cross(self, v: Tensor) -> Tensor:
         """Return J^T v = d<dg/dy, v>/dx, `[p]`. About one HVP."""
