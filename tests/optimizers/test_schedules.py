@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from bilevel.optimizers import Cosine, StepDecay
+from bilevel.optimizers import Cosine, Power, StepDecay
+from bilevel.status import InvalidProblem
 
 
 def torch_rates(make, steps, lr=0.3):
@@ -42,3 +43,24 @@ def test_schedules_nest():
     assert schedule(0.2, 0) == 1.0
     assert schedule(0.2, 10) == pytest.approx(0.35)
     assert schedule(0.2, 20) == 0.2
+
+
+def test_power_grows_and_decays_to_its_limit():
+    growing, decaying = Power(2.0, 0.5, offset=4.0, limit=4.0), Power(1.0, -1.0, limit=0.3)
+    assert [growing(None, step) for step in (0, 5, 12, 13, 1000)] == [2.0, 3.0, 4.0, 4.0, 4.0]
+    assert [decaying(None, step) for step in (0, 1, 4)] == [1.0, 0.5, 0.3]
+    assert Power(3.0, 2.0)(None, 2) == 27.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "a"}, "start"),
+        ({"exponent": float("nan")}, "exponent"),
+        ({"offset": 0.0}, "finite number > 0"),
+        ({"limit": float("nan")}, "limit"),
+    ],
+)
+def test_power_refuses_bad_options(options, message):
+    with pytest.raises(InvalidProblem, match=message):
+        Power(**{"start": 1.0, "exponent": 1.0, **options})
