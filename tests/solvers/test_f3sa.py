@@ -86,23 +86,20 @@ def test_the_penalty_stays_outside_the_estimates() -> None:
 
 
 @pytest.mark.slow
-def test_on_equal_schedules_it_is_no_worse_than_f2sa() -> None:
-    options: dict[str, Any] = {
-        "upper": SGD(lambda x, k: 0.2 * (1 + k / 100) ** -0.6),
-        "penalty": Power(1.0, 1 / 5, offset=100.0),
-        "lower_lr": Power(0.2, -2 / 5, offset=100.0),
-    }
+def test_at_equal_steps_it_ends_closer_than_f2sa() -> None:
+    """With noise that is the same at both points; what depends on the point cancels less."""
+    options: dict[str, Any] = {"upper": SGD(0.5), "penalty": 100.0, "lower_lr": 0.2}
     errors = []
-    for solver in (F2SA(**options, lower_steps=1), F3SA(**options, renewal=Power(1.0, -0.4, offset=20.0))):
+    for solver in (F2SA(**options, lower_steps=1), F3SA(**options, renewal=0.05)):
         total = 0.0
-        for seed in range(6):
+        for seed in range(2):
             oracles, x, y = open_oracles(noisy(), X, Y, seed=seed, needs_hvp=False)
             state: Any = solver.init(oracles, x, y)
             for k in range(500):
                 state = solver.step(oracles, state)
-                total += float(hypergradient(state.x).square().sum()) if k >= 300 else 0.0
-        errors.append(total / 1200)
-    assert errors[1] < errors[0]
+                total += float(hypergradient(state.x).square().sum()) if k >= 200 else 0.0
+        errors.append(total / 600)
+    assert errors[1] < 0.25 * errors[0]
 
 
 def test_counts() -> None:
