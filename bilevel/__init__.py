@@ -24,7 +24,7 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.modules import FunctionalModule, functional
-from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, StepDecay, from_torch
+from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, Power, StepDecay, from_torch
 from bilevel.oracles import Counts, Oracles
 from bilevel.problem import Problem
 from bilevel.regularizers import L2, ElasticNet, Regularizer
@@ -36,6 +36,7 @@ from bilevel.solvers import (
     BDA,
     BLOCC,
     BOME,
+    F2BA,
     F2SA,
     F3SA,
     GPBGD,
@@ -73,16 +74,16 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L2", "LBFGS", "LVHBA", "MEHA",
-    "MFAC", "MINRES", "SGD", "VPBGD", "Adam", "AdamW", "Affine", "Ball", "BilevelError", "BilevelWarning", "Box",
-    "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense", "Diverged",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L2", "LBFGS", "LVHBA",
+    "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "Adam", "AdamW", "Affine", "Ball", "BilevelError", "BilevelWarning",
+    "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense", "Diverged",
     "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "Halfspace", "History",
     "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity", "Implicit",
     "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "L1Ball", "LinearSolution", "LinearSolveFailed",
     "LinearSolver", "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG",
-    "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "PrecisionWarning", "Problem", "Product",
-    "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
-    "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "Status", "StepDecay", "UnusedHyperparameter",
-    "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit", "neumann", "nystrom",
-    "problems", "solve",
+    "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem",
+    "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set",
+    "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "Status", "StepDecay",
+    "UnusedHyperparameter", "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit",
+    "neumann", "nystrom", "problems", "solve",
 ]  # fmt: skip

@@ -154,6 +154,8 @@ class KKTSystem:
         return parts.clamp_min(0).max()
 
     def _call(self, name: Function, x: Tensor, y: Tensor) -> Tensor:
+        # Under a transform too: one call of the user's function, whatever is derived from it.
+        self.oracles.count(values=1)
         return self.oracles.call(name, 0, self.oracles.x_layout.views(x), self.oracles.y_layout.views(y))
 
     def _vector(self, name: Function, x: Tensor, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from bilevel.solvers.bamm import BAMM
 from bilevel.solvers.bda import BDA
 from bilevel.solvers.blocc import BLOCC
 from bilevel.solvers.bome import BOME
+from bilevel.solvers.f2ba import F2BA
 from bilevel.solvers.f2sa import F2SA
 from bilevel.solvers.f3sa import F3SA
 from bilevel.solvers.g_pbgd import GPBGD
@@ -21,6 +22,7 @@ __all__ = [
     "BDA",
     "BLOCC",
     "BOME",
+    "F2BA",
     "F2SA",
     "F3SA",
     "GPBGD",

@@ -133,6 +133,7 @@ class KKT(Solver[KKTState]):
         noise[:, len(x) + len(y) :] = 0.0
         return KKTState(x, y, 0, first + noise, self.relaxation, None, None)
 
+    @torch.no_grad()
     def step(self, oracles: Oracles, state: KKTState) -> KKTState:
         """Return the state after solving the next relaxation from every start, and the active set from the best."""
         system = KKTSystem(oracles, state.x, state.y)
@@ -222,7 +223,6 @@ class KKT(Solver[KKTState]):
             options=options,
             **second,
         )
-        system.oracles.count(values=int(found.nfev), gradients=int(found.njev))
         end = torch.as_tensor(found.x, dtype=start.dtype, device=start.device)
         return end if bool(end.isfinite().all()) else start
 
