@@ -220,7 +220,7 @@ class BLOCC(Solver[BLOCCState]):
     ) -> float | Tensor:
         if self.lower_lr is not None:
             return at(self.lower_lr, None, state.step)
-        return curvature.step(penalty, state.scale.curvature(multiplier))
+        return curvature.step(penalty, None, state.scale.curvature(multiplier))
 
     def _saddle_step(
         self, oracles: Oracles, state: BLOCCState, saddle: Saddle, gradient: Tensor, lr: float | Tensor, k: int
