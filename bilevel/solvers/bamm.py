@@ -131,8 +131,9 @@ class BAMM(Solver[BAMMState]):
     Notes:
         Metrics: `stationarity` is the norm of the conditions of the first order of `min f s.t. dpsi/dy = 0` (with
         `mu=0` of `dg/dy = 0`), x's part projected; `residual` is that of the multiplier, relative to df/dy.
-        One step on y and multiplier for each of x is stable, in a badly conditioned g, only if x's steps shrink with the
-        cube of the condition: from 10 on other solvers are faster. With `mu=0` and a singular Hessian the multiplier grows without bound and x stops at a wrong point.
+        With a badly conditioned g, one step on y and multiplier for each of x is stable only if x's steps shrink with
+        the cube of the condition: from 10 on other solvers are faster.
+        With `mu=0` and a singular Hessian the multiplier grows without bound and x stops at a wrong point.
         The authors' `mu=.9, decay=.1` leave `mu = .33` after 20,000 steps; hence the default here.
 
     References:

@@ -83,7 +83,7 @@ class BOME(Solver[BOMEState]):
     Example:
         >>> import bilevel
         >>> task = bilevel.problems.scalar()
-        >>> solution = bilevel.solve(task.problem, BOME(), task.x0, task.y0, steps=300)
+        >>> solution = bilevel.solve(task.problem, BOME(), task.x0, task.y0, steps=1000)
         >>> abs(float(solution.x) - float(task.problem.reference)) < 1e-2
         True
     """
