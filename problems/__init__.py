@@ -10,12 +10,34 @@ from bilevel.problems.hyper_cleaning import hyper_cleaning, hyper_cleaning_mlp, 
 from bilevel.problems.imaml import imaml_quadratic
 from bilevel.problems.logistic_regression import logistic_regression
 from bilevel.problems.ridge import ridge
+from bilevel.problems.toys import box, ineq, lasso1, llc, mc, mci, sc, shen, sin, wl
 
 ready = (
     "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
+    "box", "ineq", "lasso1", "llc", "mc", "mci", "sc", "shen", "sin", "wl",
 )  # fmt: skip
 
 __all__ = [
-    "Task", "clean", "hyper_cleaning", "hyper_cleaning_mlp", "imaml_quadratic", "kept", "logistic_regression",
-    "noisy_digits", "quadratic", "ready", "ridge", "scalar",
+    "Task",
+    "box",
+    "clean",
+    "hyper_cleaning",
+    "hyper_cleaning_mlp",
+    "imaml_quadratic",
+    "ineq",
+    "kept",
+    "lasso1",
+    "llc",
+    "logistic_regression",
+    "mc",
+    "mci",
+    "noisy_digits",
+    "quadratic",
+    "ready",
+    "ridge",
+    "sc",
+    "scalar",
+    "shen",
+    "sin",
+    "wl",
 ]  # fmt: skip
