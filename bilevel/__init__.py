@@ -27,7 +27,7 @@ from bilevel.modules import FunctionalModule, functional
 from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, Power, StepDecay, from_torch
 from bilevel.oracles import Counts, Oracles
 from bilevel.problem import Problem
-from bilevel.regularizers import L2, ElasticNet, Regularizer
+from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
 from bilevel.session import Session
 from bilevel.sets import Affine, Ball, Box, Halfspace, L1Ball, NonNegative, Product, Set, Simplex
 from bilevel.solution import History, Solution
@@ -74,16 +74,16 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L2", "LBFGS", "LVHBA",
-    "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "Adam", "AdamW", "Affine", "Ball", "BilevelError", "BilevelWarning",
-    "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense", "Diverged",
-    "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "Halfspace", "History",
-    "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity", "Implicit",
-    "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "L1Ball", "LinearSolution", "LinearSolveFailed",
-    "LinearSolver", "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG",
-    "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem",
-    "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set",
-    "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "Status", "StepDecay",
-    "UnusedHyperparameter", "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit",
-    "neumann", "nystrom", "problems", "solve",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
+    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense",
+    "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "GroupL1",
+    "Halfspace", "History", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity",
+    "Implicit", "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "L1Ball", "LinearSolution",
+    "LinearSolveFailed", "LinearSolver", "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite",
+    "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power",
+    "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback",
+    "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver",
+    "SparseDescent", "SparseGroupL1", "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch",
+    "functional", "hypergradient", "imaml", "implicit", "neumann", "nystrom", "problems", "solve",
 ]  # fmt: skip

@@ -12,7 +12,9 @@ from bilevel.problems import Task
 from bilevel.report import Row
 from bilevel.solution import Solution
 from bilevel.solvers._base import Solver
-from bilevel.status import BilevelError
+from bilevel.status import BilevelError, Status
+
+ENDED_WELL = {status.name.lower() for status in Status if status.ok}
 
 
 def compare(
@@ -86,18 +88,20 @@ def describe(task: Task, solution: Solution) -> Row:
 
 
 def spread(rows: Sequence[Row]) -> list[Row]:
-    """Return one row a solver: `mean ± standard deviation` over seeds of every number.
+    """Return one row a solver: `mean ± standard deviation` over seeds of every number, and how many runs ended well.
 
     Example:
-        >>> spread([{"solver": "cg", "seed": 0, "error": 1.0}, {"solver": "cg", "seed": 1, "error": 3.0}])
-        [{'solver': 'cg', 'seeds': 2, 'error': '2 ± 1.4'}]
+        >>> runs = [("completed", 1.0), ("stalled", 3.0)]
+        >>> spread([{"solver": "cg", "status": status, "error": error} for status, error in runs])
+        [{'solver': 'cg', 'runs': 2, 'ok': 1, 'error': '2 ± 1.4'}]
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["solver"], []).append(row)
     summary = []
     for solver, group in groups.items():
-        line: Row = {"solver": solver, "seeds": len(group)}
+        well = [row for row in group if row.get("status") in ENDED_WELL]
+        line: Row = {"solver": solver, "runs": len(group), "ok": len(well)}
         for key in dict.fromkeys(key for row in group for key in row):
             values = [row[key] for row in group if isinstance(row.get(key), int | float)]
             if key != "seed" and values:
