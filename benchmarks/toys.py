@@ -7,8 +7,9 @@ within the problem's tolerance and "missed" where it is not; "refused" where the
 names those which can; otherwise how the solve ended.
 
 What is missed is missed for a reason. Implicit hypergradients, and BAMM and BDA with mu = 0 (plain unrolling), have no
-business with `mc`, whose lower Hessian is singular; gradient penalties stop at any stationary point of `sin`; and the
-start of `wl` has no support along which a sparse hypergradient could move.
+business with `mc`, whose lower Hessian is singular; gradient penalties stop at any stationary point of `sin`; BLOCC
+wants a strongly convex g, which that of `mci` is not; and the start of `wl` has no support along which a sparse
+hypergradient could move.
 """
 
 from __future__ import annotations
