@@ -36,6 +36,7 @@ def test_references_agree_with_each_other() -> None:
     torch.testing.assert_close(exact(task), exact_softmax_regression(task), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_same_code_runs_on_any_device_and_writes_its_rows(tmp_path: Path, device: str) -> None:
     file = tmp_path / "rows.json"
     hypergradient.main(["--json", str(file), "--quick", "--device", device])
