@@ -19,6 +19,7 @@ from bilevel.report import Row, table, write_json
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
+DEFAULT = "implicit,neumann,amigo,nystrom"
 SHOWN = ("message", "problem")
 
 
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")
     many.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    many.add_argument("--solvers", default="all", help="for example: implicit,neumann(terms=3); default: all")
+    many.add_argument("--solvers", default=DEFAULT, help=f"for example: implicit,f2sa(lower_steps=5); or all; {DEFAULT}")
     many.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N - 1 and show mean and spread")
     for command in (run, many):
         command.add_argument("--steps", type=int, help="upper steps; the problem's own number by default")
