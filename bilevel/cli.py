@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")
     many.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    many.add_argument("--solvers", default=DEFAULT, help=f"for example: implicit,f2sa(lower_steps=5); or all; {DEFAULT}")
+    many.add_argument("--solvers", default=DEFAULT, help=f"such as implicit,f2sa(lower_steps=5), or all; {DEFAULT}")
     many.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N - 1 and show mean and spread")
     for command in (run, many):
         command.add_argument("--steps", type=int, help="upper steps; the problem's own number by default")
