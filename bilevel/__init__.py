@@ -4,7 +4,15 @@ from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
-from bilevel.hypergradients import Certificate, Estimator, Hypergradient, Implicit, hypergradient
+from bilevel.hypergradients import (
+    ActiveSet,
+    Certificate,
+    Estimator,
+    Hypergradient,
+    Implicit,
+    hypergradient,
+    implicit_function,
+)
 from bilevel.linear import (
     CG,
     GMRES,
@@ -75,7 +83,7 @@ from bilevel.status import (
 
 __all__ = [
     "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
     "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense",
     "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "GroupL1",
     "Halfspace", "History", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity",
@@ -85,5 +93,6 @@ __all__ = [
     "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback",
     "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver",
     "SparseDescent", "SparseGroupL1", "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch",
-    "functional", "hypergradient", "imaml", "implicit", "neumann", "nystrom", "problems", "solve",
+    "functional", "hypergradient", "imaml", "implicit", "implicit_function", "neumann", "nystrom", "problems",
+    "solve",
 ]  # fmt: skip
