@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linearization import gradients, leaves_of
-from bilevel.oracles import Level, Oracles
+from bilevel.oracles import Constraint, Function, Level, Oracles
 from bilevel.status import IneffectiveHyperparameter, InvalidProblem, UnusedHyperparameter
 
 FURTHER_BATCHES = 4
@@ -21,16 +21,20 @@ SUSPECTS = 8
 
 def check_used(oracles: Oracles, x: Tensor, y: Tensor, used: dict[Level, set[int]]) -> None:
     """Refuse leaves of x that enter nowhere, at the first batches."""
-    names = oracles.x_layout.names
+    names, problem = oracles.x_layout.names, oracles.problem
+    constraints: set[int] = set()
+    for name in get_args(Constraint):
+        if getattr(problem, name) is not None:
+            constraints |= _used_at(oracles, name, 0, x, y)
     for step in range(1, 1 + FURTHER_BATCHES):
-        if len(used["upper"] | used["lower"]) == len(names):
+        if len(used["upper"] | used["lower"] | constraints) == len(names):
             return
         for level in get_args(Level):
-            data = oracles.problem.upper_data if level == "upper" else oracles.problem.lower_data
+            data = problem.upper_data if level == "upper" else problem.lower_data
             if data is not None and not data.deterministic:
                 used[level] |= _used_at(oracles, level, step, x, y)
-    unused = [name for index, name in enumerate(names) if index not in used["upper"] | used["lower"]]
-    if unused and oracles.problem.lower_init is not None:
+    unused = [name for index, name in enumerate(names) if index not in used["upper"] | used["lower"] | constraints]
+    if unused and problem.lower_init is not None:
         raise InvalidProblem(
             f"x's leaf '{unused[0]}' enters only through lower_init: the lower solution does not depend on its start, "
             "so the implicit gradient is zero by definition; differentiate through the training steps instead (unroll)."
@@ -42,10 +46,10 @@ def check_used(oracles: Oracles, x: Tensor, y: Tensor, used: dict[Level, set[int
         )
 
 
-def _used_at(oracles: Oracles, level: Level, step: int, x: Tensor, y: Tensor) -> set[int]:
+def _used_at(oracles: Oracles, name: Function, step: int, x: Tensor, y: Tensor) -> set[int]:
     xs = leaves_of(oracles.x_layout, x)
     with torch.enable_grad():
-        value = oracles.call(level, step, xs, leaves_of(oracles.y_layout, y))
+        value = oracles.call(name, step, xs, leaves_of(oracles.y_layout, y))
         return {i for i, gradient in enumerate(gradients([value.sum()], xs)) if gradient is not None}
 
 

@@ -5,6 +5,7 @@ from bilevel.hypergradients.active_set import ActiveSet
 from bilevel.hypergradients.evaluate import hypergradient
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.implicit_function import implicit_function
+from bilevel.hypergradients.kkt import ImplicitKKT, KKTPoint
 
 __all__ = [
     "ActiveSet",
@@ -13,6 +14,8 @@ __all__ = [
     "Estimator",
     "Hypergradient",
     "Implicit",
+    "ImplicitKKT",
+    "KKTPoint",
     "hypergradient",
     "implicit_function",
 ]

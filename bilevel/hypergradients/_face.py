@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from bilevel.declared import Declared
 from bilevel.oracles import Counts, Linearization, Oracles, UpperGradient
+
+Bounds: TypeAlias = tuple[Tensor, Tensor]
+"""The least and the largest value of each entry of y, infinite where there is no bound."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class Face:
 
     y: Tensor
     free: Tensor
+
+    @classmethod
+    def at(cls, declared: Declared, y: Tensor, box: Bounds) -> Face:
+        """Return the face of a point: its entries at no kink and no bound may move."""
+        return cls(y, ~(declared.held(y) | (y <= box[0]) | (y >= box[1])))
 
     @cached_property
     def index(self) -> Tensor | None:
@@ -110,3 +120,29 @@ class FaceLinearization:
     def _kept(self, product: Tensor, v: Tensor) -> Tensor:
         # With blocks the map is the identity off the face, where right-hand sides are 0: dense solvers see no zeros.
         return self._face.drop(product) if self._face.index is not None else torch.where(self._face.free, product, v)
+
+
+def held_slack(declared: Declared, y: Tensor, gradient: Tensor, box: Bounds) -> Tensor:
+    """Return how firmly entries are held at kinks and bounds, in units of the gradient; inf where they are not.
+
+    At a kink it is the regularizer's slack; at a bound, the slope of the lower objective into the box.
+
+    Args:
+        declared: the regularizer at x.
+        y: the point.
+        gradient: of the lower objective (or Lagrangian), with the part of the regularizer's that exists.
+        box: bounds of y.
+    """
+    low, high = box
+    rest = gradient - declared.add_gradient(torch.zeros_like(y), y)
+    across = declared.slack(y, torch.zeros_like(y))
+    across = torch.where(across.isinf(), 0.0, across)  # the slope of the kink alone, to either side
+    slack = torch.where(y <= low, gradient + across, declared.slack(y, rest))
+    slack = torch.where(y >= high, across - gradient, slack)
+    return torch.where(low == high, torch.inf, slack)
+
+
+def free_distance(declared: Declared, face: Face, box: Bounds) -> Tensor:
+    """Return how far the free entries are from the nearest kink or bound, 0-dim; there must be one."""
+    bound = torch.minimum(face.y - box[0], box[1] - face.y)
+    return torch.minimum(declared.distance(face.y), bound)[face.free].min()

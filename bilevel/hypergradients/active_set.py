@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
-from bilevel.hypergradients._face import Face, FaceView
+from bilevel.hypergradients._face import Bounds, Face, FaceView, free_distance, held_slack
 from bilevel.hypergradients.implicit import Implicit, ImplicitState
 from bilevel.linear import CG
 from bilevel.oracles import Oracles
@@ -107,7 +107,7 @@ class ActiveSet(Estimator):
             NonFinite: an objective or a derivative is not finite.
         """
         before, box = oracles.counts, bounds(oracles.problem.lower_set, oracles.y_layout, y)
-        face = Face(y, ~(oracles.declared(x).held(y) | (y <= box[0]) | (y >= box[1])))
+        face = Face.at(oracles.declared(x), y, box)
         view = FaceView(oracles, face)
         if face.empty:
             estimate, inner, w = _fixed(view, x, upper_step, lower_step, certify), state.inner, torch.zeros_like(y)
@@ -154,20 +154,18 @@ def _fixed(view: FaceView, x: Tensor, upper_step: int, lower_step: int, certify:
     return Estimate(upper.x, upper.value, lower.value, view.face.y, certificate)
 
 
-def _judged(view: FaceView, x: Tensor, certificate: Certificate, box: tuple[Tensor, Tensor]) -> Certificate:
+def _judged(view: FaceView, x: Tensor, certificate: Certificate, box: Bounds) -> Certificate:
     """Add the margin, and what the lower gradient lacks at kinks and bounds."""
     problem = view.oracles.problem
     if problem.lower_set is None and (problem.regularizer is None or problem.regularizer.smooth):
         return certificate
-    face, gradient, declared, (low, high) = view.face, view.gradient, view.oracles.declared(x), box
-    y = face.y
-    rest = gradient - declared.add_gradient(torch.zeros_like(y), y)
-    slack = _box_slack(declared.slack(y, rest), declared.slack(y, torch.zeros_like(y)), y, gradient, box)
+    face, y, gradient, declared = view.face, view.face.y, view.gradient, view.oracles.declared(x)
+    slack = held_slack(declared, y, gradient, box)
     margin = slack.min()
     if certificate.curvature is not None:
-        distance = torch.minimum(declared.distance(y), torch.minimum(y - low, high - y))
-        margin = torch.minimum(margin, distance[face.free].min() * certificate.curvature[1])
+        margin = torch.minimum(margin, free_distance(declared, face, box) * certificate.curvature[1])
     moving, outside = face.drop(gradient).norm(), slack.clamp_max(0).norm()
+    rest = gradient - declared.add_gradient(torch.zeros_like(y), y)
     resolution = moving + 100 * torch.finfo(y.dtype).eps * (rest.abs().max() + gradient.abs().max())
     error = certificate.error_estimate
     return replace(
@@ -177,20 +175,3 @@ def _judged(view: FaceView, x: Tensor, certificate: Certificate, box: tuple[Tens
         # An entry that wants to leave its kink or bound is on the wrong face, of which the estimate knows nothing.
         error_estimate=None if error is None else torch.where(outside > resolution, math.inf, error),
     )
-
-
-def _box_slack(kink: Tensor, slope: Tensor, y: Tensor, gradient: Tensor, box: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the slack of kinks, replaced at bounds by the slope of the lower objective into the box.
-
-    Args:
-        kink: slack of the regularizer.
-        slope: of the regularizer alone away from a kink, inf where there is none.
-        y: the point.
-        gradient: of the lower objective, with the regularizer's part that exists.
-        box: lower and upper bounds.
-    """
-    low, high = box
-    at_kink = torch.where(slope.isinf(), 0.0, slope)
-    slack = torch.where(y <= low, gradient + at_kink, kink)
-    slack = torch.where(y >= high, at_kink - gradient, slack)
-    return torch.where(low == high, torch.inf, slack)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bilevel.dry_run import open_oracles
 from bilevel.hypergradients._base import Estimator, Hypergradient
+from bilevel.hypergradients.active_set import ActiveSet
 from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.kkt import ImplicitKKT
 from bilevel.layout import Variables
 from bilevel.problem import Problem
 from bilevel.status import NonFinite
@@ -26,7 +28,8 @@ def hypergradient(
         problem: the statement.
         x: upper variables.
         y: a lower solution at x, as exact as you have it.
-        estimator: how; `Implicit()` if None.
+        estimator: how; if None, `ImplicitKKT()` where the lower level has constraints, `ActiveSet()` where it has a
+            lower set or kinks, else `Implicit()`.
         step: which batches.
         seed: of batches and of randomness inside the objectives.
         certify: estimate the error too, for about two more hypergradients.
@@ -48,7 +51,7 @@ def hypergradient(
         >>> float(h.gradient)  # a (a x - t) with a = 2, t = 3
         -2.0
     """
-    chosen = Implicit() if estimator is None else estimator
+    chosen = _fitting(problem) if estimator is None else estimator
     oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed)
     state = chosen.init(oracles, flat_x, flat_y)
     estimate, _ = chosen.estimate(oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify)
@@ -60,3 +63,12 @@ def hypergradient(
             "them, or use float64."
         )
     return Hypergradient(oracles.x_layout.unflatten(estimate.gradient), estimate.certificate)
+
+
+def _fitting(problem: Problem) -> Estimator:
+    if not isinstance(problem, Problem):  # which the door will say
+        return Implicit()
+    if problem.constraint is not None or problem.equality is not None:
+        return ImplicitKKT()
+    kinked = problem.regularizer is not None and not problem.regularizer.smooth
+    return ActiveSet() if kinked or problem.lower_set is not None else Implicit()

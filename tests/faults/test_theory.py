@@ -267,4 +267,4 @@ def test_rows_45_and_47_parts_that_an_implicit_hypergradient_ignores_are_refused
     with pytest.raises(InvalidProblem, match="does not handle"):
         bilevel.Session(problem, bilevel.implicit(), doubles(1.0), doubles(1.0))
     with pytest.raises(InvalidProblem, match="does not handle"):
-        hypergradient(problem, doubles(1.0), doubles(1.0))
+        hypergradient(problem, doubles(1.0), doubles(1.0), estimator=bilevel.Implicit())

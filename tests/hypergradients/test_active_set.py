@@ -446,3 +446,12 @@ def test_float32() -> None:
     assert found.certificate.margin is not None
     assert found.certificate.margin.dtype == torch.float32
     torch.testing.assert_close(flat(found.gradient).double(), flat(exact.gradient), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lasso", "box"])
+def test_hypergradient_chooses_it_where_there_are_kinks_or_bounds(name: str) -> None:
+    problem, x, start = CASES[name]
+    y = solved(problem, x, start)
+    chosen = hypergradient(problem, x, y)
+    assert torch.equal(chosen.gradient, hypergradient(problem, x, y, estimator=ActiveSet()).gradient)
+    assert chosen.certificate.margin is not None
