@@ -10,10 +10,13 @@ from bilevel.problems.hyper_cleaning import hyper_cleaning, hyper_cleaning_mlp, 
 from bilevel.problems.imaml import imaml_quadratic
 from bilevel.problems.logistic_regression import logistic_regression
 from bilevel.problems.ridge import ridge
+from bilevel.problems.sparse import elastic_net, lasso, sparse_group
+from bilevel.problems.svm import svm
 from bilevel.problems.toys import box, ineq, lasso1, llc, mc, mci, sc, shen, sin, wl
 
 ready = (
     "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
+    "lasso", "elastic_net", "sparse_group", "svm",
     "box", "ineq", "lasso1", "llc", "mc", "mci", "sc", "shen", "sin", "wl",
 )  # fmt: skip
 
@@ -21,11 +24,13 @@ __all__ = [
     "Task",
     "box",
     "clean",
+    "elastic_net",
     "hyper_cleaning",
     "hyper_cleaning_mlp",
     "imaml_quadratic",
     "ineq",
     "kept",
+    "lasso",
     "lasso1",
     "llc",
     "logistic_regression",
@@ -39,5 +44,7 @@ __all__ = [
     "scalar",
     "shen",
     "sin",
+    "sparse_group",
+    "svm",
     "wl",
 ]  # fmt: skip
