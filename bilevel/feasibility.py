@@ -19,7 +19,7 @@ CONVENTION = {
     "constraint": "constraint(x, y, batch) returns one tensor [q], an entry for each inequality, feasible where <= 0",
     "equality": "equality(x, y, batch) returns one tensor [r], an entry for each equation, feasible where = 0",
 }
-SUSPICIOUS = 10.0
+SUSPICIOUS = 3.0
 """Multipliers that add up to this many times their joint pull on y are looked at closely."""
 VANISHING = 1e-3
 """At a feasible point, a joint pull below this share of the multipliers fails the Mangasarian-Fromovitz condition."""

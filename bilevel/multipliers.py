@@ -13,6 +13,7 @@ from bilevel.oracles import Constraint, ConstraintGradient, Oracles
 from bilevel.smoothness import smoothness
 
 NEARBY = 0.1
+FORGET = 0.99
 
 
 class Rows(NamedTuple):
@@ -41,22 +42,33 @@ class Scale(NamedTuple):
     Args:
         norms: typical lengths of the gradients in y near the start, `[n]` or `[m, n]`: the larger of those there and
             at a point nearby, since a gradient may vanish at the start. 1 where both vanish.
-        coupling: largest singular value of the gradients at the start, each over its norm (over all blocks), at least
-            1; 0-dim. 0 without constraints.
-        bend: curvature in y of the sum of all constraints, each over its norm; 0-dim, 0 for linear ones.
+        start: largest singular value of the gradients at the start, each over its norm (over all blocks), at least 1;
+            0-dim. 0 without constraints.
+        coupling: the same now, as far as it was seen on the way, and at least `start`.
+        bend: curvature in (x, y) of the sum of all constraints, each over its norm; 0-dim, 0 for linear ones.
         inequalities: how many constraints are inequalities; they come first.
     """
 
     norms: Tensor
+    start: Tensor
     coupling: Tensor
     bend: Tensor
     inequalities: int
 
     def curvature(self, multiplier: Tensor) -> Tensor:
-        """Estimate the curvature in y of `<multiplier, (c, h)>`, from above where all constraints are convex."""
+        """Estimate the curvature of `<multiplier, (c, h)>` in (x, y), from above where all constraints are convex."""
         if not multiplier.numel():
             return self.bend
         return self.bend * (multiplier.abs() * self.norms).amax()
+
+    def followed(self, change: Tensor, apart: Tensor) -> Scale:
+        """Follow the coupling by how the constraints changed over a move of y: up at once, down slowly. No gradients."""
+        distance = apart.norm()
+        slope = (change / self.norms).norm() / distance.clamp_min(torch.finfo(apart.dtype).tiny)
+        now = torch.maximum(slope, FORGET * self.coupling + (1 - FORGET) * slope)
+        # Shorter moves show rounding.
+        seen = distance > torch.finfo(apart.dtype).eps ** 0.5
+        return self._replace(coupling=torch.where(seen, torch.maximum(now, self.start), self.coupling))
 
     @classmethod
     def measure(cls, oracles: Oracles, x: Tensor, y: Tensor) -> Scale:
@@ -64,16 +76,21 @@ class Scale(NamedTuple):
         rows = constraint_rows(oracles, x, y)
         if not rows.value.numel():
             none = y.new_zeros(())
-            return cls(torch.zeros_like(rows.value), none, none, 0)
+            return cls(torch.zeros_like(rows.value), none, none, none, 0)
         spread = NEARBY * (1 + y.norm()) * random_signs(y, 0) / y.shape[-1] ** 0.5
         near = constraint_rows(oracles, x, oracles.project_y(y + spread))
         norms = torch.maximum(rows.by_block().norm(dim=-1), near.by_block().norm(dim=-1).nan_to_num(0.0, 0.0))
         norms = torch.where(norms > 0, norms, torch.ones_like(norms))
         coupling = torch.linalg.matrix_norm(rows.by_block() / norms[..., None], 2).amax().clamp_min(1.0)
-        bend = smoothness(lambda v: constraint_terms(oracles, x, v, 1 / norms, rows.inequalities).y, y)
+
+        def summed(v: Tensor) -> Tensor:
+            found = constraint_terms(oracles, v[: len(x)], v[len(x) :].view(y.shape), 1 / norms, rows.inequalities)
+            return torch.cat([found.x, found.y.flatten()])
+
+        bend = smoothness(summed, torch.cat([x, y.flatten()]))
         # Below this, differences of gradients are rounding: the constraints are linear.
         bend = torch.where(bend > torch.finfo(y.dtype).eps ** 0.5, bend, torch.zeros_like(bend))
-        return cls(norms, coupling, bend.nan_to_num(0.0), rows.inequalities)
+        return cls(norms, coupling, coupling, bend.nan_to_num(0.0), rows.inequalities)
 
 
 def names(oracles: Oracles) -> list[Constraint]:

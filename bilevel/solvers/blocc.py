@@ -42,7 +42,7 @@ class BLOCCState(NamedTuple):
         multiplier: its multipliers, `[n]` or `[m, n]`, in the user's units.
         relaxed: the lower solution with f / penalty added, and its multipliers.
         upper: state of the upper optimizer.
-        scale: of the constraints, at the start.
+        scale: of the constraints.
         touched: the first step after which a multiplier was at its bound, -1 if none was; 0-dim.
         size: of the start, `1 + ‖(x, y)‖`.
         curvature: largest curvatures in y.
@@ -83,7 +83,8 @@ class BLOCC(Solver[BLOCCState]):
         upper: optimizer of x; `SGD(τ)` is the paper's.
         penalty: λ > 0; a number, or a schedule of the step. The bias of x falls like 1 / λ.
         lower_lr: γ > 0, stable below `2 / (curvature of g + <m, c> + f / λ)`; a number, or a schedule of the step.
-            None: 0.8 / that curvature, measured at the start and followed (that of c: only measured).
+            None: 0.8 / that curvature, measured at the start and followed (that of c: only measured). A longer one
+            than is stable is cut.
         multiplier_lr: σ γ b² in (0, 2], b the length of the scaled constraints: the constraints are scaled so that
             their gradients in y have length 1 at the start.
         lower_steps: T >= 1.
@@ -93,9 +94,9 @@ class BLOCC(Solver[BLOCCState]):
         InvalidProblem: an option is out of its range; at `init`, also a `lower_lr` that is not stable.
 
     Cost:
-        Per step: T + 1 upper and 2 (T + 1) lower gradients, 2 (T + 1) gradients and 2 T values of each of c and h, 1
-        upper value, 0 HVPs; with `lower_lr=None` one lower gradient more. At the start: 16 gradients of each level and
-        of the constraints together, 2 of each constraint. Memory: three vectors like y.
+        Per step: T + 1 upper and 2 T + 3 lower gradients, 2 (T + 1) gradients and 2 T values of each of c and h, 1
+        upper value, 0 HVPs. At the start: 17 lower gradients, 16 upper ones and 16 of the constraints together (fewer
+        in less than 8 dimensions), 2 of each constraint. Memory: three vectors like y.
 
     Notes:
         Metrics: `stationarity` is the norm of `x - P_X(x - h)` and of the last moves of y, z, m and n, over the lengths
@@ -157,26 +158,28 @@ class BLOCC(Solver[BLOCCState]):
 
     def step(self, oracles: Oracles, state: BLOCCState) -> BLOCCState:
         """Return the state after `lower_steps` primal-dual steps of both saddle points and one of x."""
-        x, q, curvature = state.x, state.scale.inequalities, state.curvature
+        x, curvature, scale = state.x, state.curvature, state.scale
         lower, relaxed = Saddle(state.y, state.multiplier), state.relaxed
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         moves: list[Tensor] = []
-        for k in range(first, first + self.lower_steps):
+        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
+            k = first + t
             in_z = oracles.lower_gradient(x, lower.y, k)[1]
             in_y = oracles.lower_gradient(x, relaxed.y, k)[1] + oracles.upper_gradient(x, relaxed.y, k).y / penalty
-            if self.lower_lr is None and k == first:
+            if t == 0:
                 curvature = curvature.followed(oracles, x, lower.y, in_z, k)
-            lr = self._lr(state, curvature, torch.maximum(lower.multiplier.abs(), relaxed.multiplier.abs()), penalty)
-            (lower, moved), (relaxed, also) = (
-                self._saddle_step(oracles, state, lower, in_z, lr, k),
-                self._saddle_step(oracles, state, relaxed, in_y, lr, k),
-            )
+            largest = torch.maximum(lower.multiplier.abs(), relaxed.multiplier.abs())
+            lr = curvature.step(penalty, wanted, scale.curvature(largest))
+            lower, moved, seen = self._saddle_step(oracles, x, lower, in_z, lr, scale, k)
+            relaxed, also, seen_too = self._saddle_step(oracles, x, relaxed, in_y, lr, scale, k)
+            scale = scale._replace(coupling=torch.maximum(seen, seen_too))
             moves = [*moved, *also]
 
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, relaxed.y, lower.y, last, last, last)
-        pull = constraint_terms(oracles, x, relaxed.y, relaxed.multiplier, q, last)
-        value_pull = constraint_terms(oracles, x, lower.y, lower.multiplier, q, last)
+        pull = constraint_terms(oracles, x, relaxed.y, relaxed.multiplier, scale.inequalities, last)
+        value_pull = constraint_terms(oracles, x, lower.y, lower.multiplier, scale.inequalities, last)
         h = gap.direction(penalty) + penalty * (pull.x - value_pull.x)
         x_next, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
 
@@ -195,7 +198,7 @@ class BLOCC(Solver[BLOCCState]):
         return state._replace(
             x=oracles.project_x(x_next), y=lower.y, step=state.step + 1, multiplier=lower.multiplier, relaxed=relaxed,
             upper=upper, touched=torch.where(at_bound, torch.full_like(state.touched, state.step + 1), state.touched),
-            curvature=curvature, metrics=metrics,
+            scale=scale, curvature=curvature, metrics=metrics,
         )  # fmt: skip
 
     def inspect(self, oracles: Oracles, state: BLOCCState) -> None:
@@ -215,23 +218,16 @@ class BLOCC(Solver[BLOCCState]):
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor))
 
-    def _lr(
-        self, state: BLOCCState, curvature: Curvature, multiplier: Tensor, penalty: float | Tensor
-    ) -> float | Tensor:
-        if self.lower_lr is not None:
-            return at(self.lower_lr, None, state.step)
-        return curvature.step(penalty, None, state.scale.curvature(multiplier))
-
     def _saddle_step(
-        self, oracles: Oracles, state: BLOCCState, saddle: Saddle, gradient: Tensor, lr: float | Tensor, k: int
-    ) -> tuple[Saddle, list[Tensor]]:
-        """Step y down and then the multipliers up; also return both moves over the lengths of their steps."""
-        x, q, norms = state.x, state.scale.inequalities, state.scale.norms
-        pull = constraint_terms(oracles, x, saddle.y, saddle.multiplier, q, k).y
-        y = oracles.project_y(saddle.y - lr * (gradient + pull))
+        self, oracles: Oracles, x: Tensor, saddle: Saddle, gradient: Tensor, lr: Tensor, scale: Scale, k: int
+    ) -> tuple[Saddle, list[Tensor], Tensor]:
+        """Step y down, then the multipliers up; also return both moves over their steps, and the coupling now seen."""
+        before = constraint_terms(oracles, x, saddle.y, saddle.multiplier, scale.inequalities, k)
+        y = oracles.project_y(saddle.y - lr * (gradient + before.y))
         # In the user's units: scaling the constraint by 1 / norm scales its slope in the multiplier by 1 / norm².
-        dual_lr = self.multiplier_lr / (lr * state.scale.coupling.square() * norms.square())
-        value = constraint_terms(oracles, x, y, None, q, k).value
-        multiplier = clipped(saddle.multiplier + dual_lr * value, self.bound, q)
-        moved = (saddle.multiplier - multiplier) / (dual_lr * norms)
-        return Saddle(y, multiplier), [((saddle.y - y) / lr).flatten(), moved.flatten()]
+        dual_lr = self.multiplier_lr / (lr * scale.coupling.square() * scale.norms.square())
+        value = constraint_terms(oracles, x, y, None, scale.inequalities, k).value
+        multiplier = clipped(saddle.multiplier + dual_lr * value, self.bound, scale.inequalities)
+        moves = [(saddle.y - y) / lr, (saddle.multiplier - multiplier) / (dual_lr * scale.norms)]
+        seen = scale.followed(value - before.value, y - saddle.y).coupling
+        return Saddle(y, multiplier), [move.flatten() for move in moves], seen

@@ -29,7 +29,7 @@ class LVHBAState(NamedTuple):
         theta: the lower copy in the saddle point problem of the value function, shaped like y.
         multiplier: its multipliers, of c then of h, in the user's units, `[n]` or `[m, n]`.
         tracker: z, what the multipliers are held close to, shaped like them.
-        scale: of the constraints, at the start.
+        scale: of the constraints.
         touched: the first step after which a multiplier was at its bound, -1 if none was; 0-dim.
         curvature: what the measured steps rest on.
         metrics: what the last step saw.
@@ -181,7 +181,8 @@ class LVHBA(Solver[LVHBAState]):
         )
         at_bound = (multiplier.abs() >= self.bound).any() & (state.touched < 0)
         return LVHBAState(
-            x_next, y_next, k + 1, theta, multiplier, tracker, state.scale,
+            x_next, y_next, k + 1, theta, multiplier, tracker,
+            state.scale.followed(pull.value - coupled.value, theta - state.theta),
             torch.where(at_bound, torch.full_like(state.touched, k + 1), state.touched),
             state.curvature.followed(lower, value, y - theta), metrics,
         )  # fmt: skip
@@ -191,7 +192,9 @@ class LVHBA(Solver[LVHBAState]):
 
         Multipliers are looked at closely at steps 64, 128, 256...
         """
-        advice = "lower lr and gamma, or leave them None: with a large gamma θ and λ rotate, and spiral outward."
+        advice = (
+            "lower gamma, lr and upper_lr, or leave them None: with a large gamma θ and λ rotate, and spiral outward."
+        )
         check_runaway(
             state.curvature.size,
             state.step,
@@ -227,7 +230,8 @@ class LVHBA(Solver[LVHBAState]):
     def _rates(self, state: LVHBAState, penalty: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         limit = self._limit(state)
         lr = 0.5 * SAFE * limit if self.lr is None else torch.full_like(limit, self.lr)
-        joint = SAFE / (state.curvature.joint + state.curvature.upper / penalty)
+        bent = state.scale.curvature(state.multiplier)
+        joint = SAFE / (state.curvature.joint + bent + state.curvature.upper / penalty)
         upper_lr = torch.minimum(0.5 * lr, joint) if self.upper_lr is None else torch.full_like(limit, self.upper_lr)
         tracker_lr = 0.5 * lr if self.tracker_lr is None else torch.full_like(limit, self.tracker_lr)
         return lr, self.upper_factor * upper_lr, tracker_lr
