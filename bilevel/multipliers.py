@@ -62,7 +62,7 @@ class Scale(NamedTuple):
         return self.bend * (multiplier.abs() * self.norms).amax()
 
     def followed(self, change: Tensor, apart: Tensor) -> Scale:
-        """Follow the coupling by how the constraints changed over a move of y: up at once, down slowly. No gradients."""
+        """Follow the coupling by what the constraints change over a move of y: up at once, down slowly. 0 gradients."""
         distance = apart.norm()
         slope = (change / self.norms).norm() / distance.clamp_min(torch.finfo(apart.dtype).tiny)
         now = torch.maximum(slope, FORGET * self.coupling + (1 - FORGET) * slope)
