@@ -14,12 +14,14 @@ from typing import Any
 from bilevel import problems, solvers
 from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
+from bilevel.problem import Problem
 from bilevel.problems import Task
 from bilevel.report import Row, table, write_json
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
-DEFAULT = "implicit,neumann,amigo,nystrom"
+DEFAULTS = ("implicit,neumann,amigo,nystrom", "SparseDescent,MEHA", "LVHBA,BLOCC")
+"""Solvers of smooth lower levels, of those with kinks or bounds, and of those with constraints."""
 SHOWN = ("message", "problem")
 
 
@@ -75,6 +77,23 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "")
 
 
+def fitting(problem: Problem) -> str:
+    """Return the first line of DEFAULTS whose solvers treat every part of a problem, the first of all if none does.
+
+    Example:
+        >>> fitting(problems.lasso1().problem)
+        'SparseDescent,MEHA'
+    """
+    for line in DEFAULTS:
+        first = next(iter(parse_solvers(line).values()))
+        try:
+            first.refuse(problem)
+        except InvalidProblem:
+            continue
+        return line
+    return DEFAULTS[0]
+
+
 def make_task(name: str) -> Callable[[int], Task]:
     """Return seed -> task, for a ready problem's name or a `module:function` of the user's that returns a Task."""
     if ":" in name:
@@ -110,8 +129,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    (name, solver), *more = parse_solvers(options.solver).items()
-    if more:
+    (name, solver), *more = parse_solvers(options.solver or fitting(task.problem)).items()
+    if more and options.solver:
         raise InvalidProblem("run takes one solver; compare takes several.")
     steps = steps_for(task, solver) if options.steps is None else options.steps
     solution = solve(task.problem, solver, task.x0, task.y0, steps=steps, seed=options.seed)
@@ -124,9 +143,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    task = make_task(options.problem)
     rows = compare(
-        make_task(options.problem),
-        parse_solvers(options.solvers),
+        task,
+        parse_solvers(options.solvers or fitting(task(0).problem)),
         seeds=range(options.seeds),
         steps=options.steps,
     )
@@ -147,11 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     add("list", _list, "show ready problems and solvers")
     run = add("run", _run, "solve one problem with one solver")
     run.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    run.add_argument("--solver", default="implicit", help="for example: neumann(terms=3)")
+    run.add_argument("--solver", help="for example: neumann(terms=3); by default one that fits the problem")
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")
     many.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    many.add_argument("--solvers", default=DEFAULT, help=f"such as implicit,f2sa(lower_steps=5), or all; {DEFAULT}")
+    many.add_argument(
+        "--solvers", help=f"such as implicit,f2sa(lower_steps=5), or all; by default {' or '.join(DEFAULTS)}"
+    )
     many.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N - 1 and show mean and spread")
     for command in (run, many):
         command.add_argument("--steps", type=int, help="upper steps; the problem's own number by default")

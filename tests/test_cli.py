@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,29 @@ def test_a_refusal_is_a_row_and_the_others_go_on(capsys: pytest.CaptureFixture[s
     assert "InvalidProblem" in captured.out
     assert "completed" in captured.out
     assert "rank" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("problem", "taken"),
+    [("scalar", cli.DEFAULTS[0]), ("lasso1", cli.DEFAULTS[1]), ("box", cli.DEFAULTS[1]), ("ineq", cli.DEFAULTS[2])],
+)
+def test_solvers_that_fit_are_taken_by_default(problem: str, taken: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", problem, "--steps", "2"]) == 0
+    first = taken.partition(",")[0]
+    assert first in capsys.readouterr().out
+    assert cli.main(["compare", problem, "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in taken.split(","))
+
+
+def test_a_problem_that_no_solver_fits_is_refused_with_advice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = bilevel.problems.ineq()
+    both = replace(task, problem=replace(task.problem, regularizer=bilevel.L1(0.1)))
+    monkeypatch.setattr(bilevel.problems, "ineq", lambda: both)
+    assert cli.main(["run", "ineq"]) == 2
+    assert "does not handle" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
