@@ -67,6 +67,11 @@ class Curvatures(NamedTuple):
     x: Tensor
     mixed: Tensor
 
+    @property
+    def strong(self) -> Tensor:
+        """Whether g counts as strongly convex in y; 0-dim."""
+        return self.least > FLAT * self.lower
+
     def aggregated(self, mu: float) -> Tensor:
         """Return a bound of the curvature of `mu f + (1 - mu) g` in y."""
         return mu * self.upper + (1 - mu) * self.lower
@@ -74,9 +79,8 @@ class Curvatures(NamedTuple):
     def upper_lr(self, beta: float | Tensor) -> Tensor:
         """Return a step of x that y and the multiplier, with steps beta, can follow."""
         plain = SLOW / self.descended(self.lower)
-        strong = self.least > FLAT * self.lower
-        followed = FOLLOWED * beta * self.least / self.descended(torch.where(strong, self.least, self.lower))
-        return torch.where(strong, torch.minimum(plain, followed), plain)
+        followed = FOLLOWED * beta * self.least / self.descended(torch.where(self.strong, self.least, self.lower))
+        return torch.where(self.strong, torch.minimum(plain, followed), plain)
 
     def descended(self, h: Tensor) -> Tensor:
         """Return a bound of the curvature of f(x, y*(x)) where that of g in y is h in all directions."""
@@ -90,6 +94,7 @@ class BAMMState(NamedTuple):
         x: upper variables `[p]`.
         y: lower variables `[d]` or `[m, d]`.
         multiplier: the paper's v, shaped like y; it tends to the inverse of the aggregated Hessian times df/dy.
+        decay: of mu, in this run.
         step: steps made, which is also the index of the next batches.
         curvatures: for the step lengths.
         metrics: what the last step saw.
@@ -98,6 +103,7 @@ class BAMMState(NamedTuple):
     x: Tensor
     y: Tensor
     multiplier: Tensor
+    decay: float
     step: int
     curvatures: Curvatures
     metrics: Metrics | None
@@ -116,7 +122,8 @@ class BAMM(Solver[BAMMState]):
 
     Args:
         mu: 0 <= mu < 1, weight of f at the first step.
-        decay: >= 0, of mu. The answer has a bias of the order of the last mu (none where one y minimizes both).
+        decay: >= 0, of mu. The answer has a bias of the order of the last mu (none where one y minimizes both). None: 1
+            where g is seen to be strongly convex at the start, 1/2 elsewhere: there f must choose y while mu lasts.
         powers: how steps shrink with mu. The default keeps them; S1, S2 and S3 are the authors' strategies.
         lr: > 0, beta, and eta before its powers; None takes 0.8 / (curvature of psi in y), measured.
         upper_lr: > 0, alpha before its powers; None measures how fast x may move for y and the multiplier to follow.
@@ -151,7 +158,7 @@ class BAMM(Solver[BAMMState]):
     needs_hvp: ClassVar[bool] = True
 
     mu: float = 0.5
-    decay: float = 0.5
+    decay: float | None = None
     powers: Powers = Powers()
     lr: float | None = None
     upper_lr: float | None = None
@@ -162,8 +169,9 @@ class BAMM(Solver[BAMMState]):
         if not 0 <= self.mu < 1:
             raise InvalidProblem(f"mu must lie in [0, 1), got {self.mu}.")
         for name in ("decay", "measure_every"):
-            if not 0 <= getattr(self, name) < inf:
-                raise InvalidProblem(f"{name} must be >= 0, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < inf:
+                raise InvalidProblem(f"{name} must be >= 0, got {value}.")
         for name in ("lr", "upper_lr", "upper_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < inf:
@@ -183,14 +191,16 @@ class BAMM(Solver[BAMMState]):
                 f"lr={self.lr:.3g} is too large: the curvature of mu f + (1 - mu) g is {largest:.3g} at the start, and "
                 f"steps beyond {2 / largest:.3g} diverge. Leave lr=None."
             )
-        return BAMMState(x, y, torch.zeros_like(y), 0, seen, None)
+        measured = 1.0 if bool(seen.strong) else 0.5
+        decay = measured if self.decay is None else self.decay
+        return BAMMState(x, y, torch.zeros_like(y), decay, 0, seen, None)
 
     def step(self, oracles: Oracles, state: BAMMState) -> BAMMState:
         """Return the state after one step of y, multiplier and x, each from the old point."""
         x, y, v, k = state.x, state.y, state.multiplier, state.step
         measure = self.measure_every and k and k % self.measure_every == 0
         seen = _curvatures(oracles, x, y, k) if measure else state.curvatures
-        mu = self.mu * (k + 1) ** -self.decay
+        mu = self.mu * (k + 1) ** -state.decay
         beta = SAFE / seen.aggregated(mu) if self.lr is None else self.lr
         alpha = seen.upper_lr(beta) if self.upper_lr is None else self.upper_lr
         for_v, for_x = self.powers.factors(k + 1, mu)
@@ -204,6 +214,7 @@ class BAMM(Solver[BAMMState]):
             x=oracles.project_x(x - self.upper_factor * alpha * for_x * h),
             y=y - beta * psi.gradient,
             multiplier=v - beta * for_v * residual,
+            decay=state.decay,
             step=k + 1,
             curvatures=seen,
             metrics=Metrics(

@@ -85,7 +85,7 @@ class BDA(Solver[BDAState]):
 
     upper: Optimizer[Any] = field(default_factory=lambda: Adam(lr=0.1))
     lower_steps: int = 20
-    mu: float = 0.5
+    mu: float = 0.3
     decay: float = 1.0
     lr: float | None = None
     restart: bool = False

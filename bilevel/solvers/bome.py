@@ -89,7 +89,7 @@ class BOME(Solver[BOMEState]):
     """
 
     needs_hvp: ClassVar[bool] = False
-    contract_steps: ClassVar[int] = 1000
+    contract_steps: ClassVar[int] = 1200
 
     lower_steps: int = 20
     lr: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf, nan
 from typing import ClassVar, NamedTuple, final
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.joint import joint_smoothness
 from bilevel.optimizers._base import at
+from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Schedule, check_schedule
 from bilevel.solvers._base import Metrics, Solver
@@ -48,7 +49,8 @@ class GPBGD(Solver[GPBGDState]):
     1 / penalty. The answer is biased by O(1 / penalty).
 
     Args:
-        penalty: γ > 0; a number, or a schedule of the step (the authors' code lets it grow linearly).
+        penalty: γ > 0; a number, or a schedule of the step (the authors' code lets it grow linearly). It divides the
+            steps, so that one which grows gets there sooner.
         lr: > 0; x and y take steps of `lr / (1 + penalty)`. None takes 1.2 / (curvature of the penalized function),
             measured.
         upper_lr: > 0, for x alone; None takes `lr`.
@@ -76,7 +78,7 @@ class GPBGD(Solver[GPBGDState]):
     needs_hvp: ClassVar[bool] = True
     contract_steps: ClassVar[int] = 4000
 
-    penalty: Schedule = 20.0
+    penalty: Schedule = field(default_factory=lambda: Power(1.0, 0.4, limit=30.0))
     lr: float | None = None
     upper_lr: float | None = None
     upper_factor: float = 1.0

@@ -137,6 +137,15 @@ def test_weight_falls_with_the_steps() -> None:
         torch.testing.assert_close(after.metrics.lower_gradient_norm, oracles.lower_gradient(x, y)[1].norm())
 
 
+def test_weight_falls_faster_where_g_is_strongly_convex() -> None:
+    for task, decay in ((TASK, 1.0), (toys.mc(), 0.5)):
+        oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
+        state = BAMM().init(oracles, x, y)
+        assert state.decay == decay
+        assert BAMM().step(oracles, state).decay == decay
+        assert BAMM(decay=0.2).init(oracles, x, y).decay == 0.2
+
+
 def test_nothing_moves_from_a_solution_without_an_upper_objective() -> None:
     problem = Problem(upper=lambda x, y, b: 0 * y.sum() + 0 * x.sum(), lower=G)
     x = point()
@@ -178,7 +187,7 @@ def test_measured_steps_follow_the_problem() -> None:
         lower=lambda x, y, b: 0.5 * (x.exp() + 1) * y.square().sum() - y.sum(),
     )
     x0, y0 = torch.zeros((), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    solution = bilevel.solve(problem, BAMM(measure_every=20), x0, y0, steps=300)
+    solution = bilevel.solve(problem, BAMM(measure_every=10), x0, y0, steps=300)
     assert solution.status is Status.COMPLETED
     assert abs(float(solution.x) - 5) < 0.2
     with pytest.raises(bilevel.NonFinite):

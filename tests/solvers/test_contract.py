@@ -71,6 +71,18 @@ def test_hypergradient_descent_is_certified() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_converge_on_other_quadratics(name: str) -> None:
+    solver = make(name)
+    for seed in range(1, 5):
+        task = bilevel.problems.quadratic(seed=seed)
+        solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=steps_for(task, solver))
+        error = task.x_error(solution.x)
+        assert error is not None
+        assert error <= 1e-2, seed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_float32_keeps_dtype_and_comes_close(name: str, device: str) -> None:
     task = bilevel.problems.quadratic(dtype=torch.float32, device=device)
