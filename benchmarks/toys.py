@@ -67,7 +67,7 @@ METHODS: dict[str, dict[str, Run]] = {
     "BAMM, mu = 0": {ELSE: Run(solvers.BAMM(mu=0.0), 1000)},
     "BDA": {ELSE: Run(solvers.BDA(mu=0.1), 300), "mc": Run(solvers.BDA(), 300)},
     "BDA, mu = 0": {ELSE: Run(solvers.BDA(mu=0.0), 300)},
-    "F2SA": {ELSE: Run(solvers.F2SA(), 300)},
+    "F2SA": {ELSE: Run(solvers.F2SA(), 500)},
     "F3SA": {ELSE: Run(solvers.F3SA(), 2000)},
     "ProxF2SA": {ELSE: Run(solvers.ProxF2SA(), 1000)},
     "F2BA": {ELSE: Run(solvers.F2BA(), 300)},

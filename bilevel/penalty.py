@@ -17,7 +17,8 @@ Schedule: TypeAlias = float | Callable[[Any, int], float | Tensor]
 
 SAFE = 0.8
 """Lower step in units of 1 / curvature: measured curvatures approach the largest one from below."""
-LIMIT = 1.9
+LIMIT = 0.95
+"""Largest lower step in units of that at which steps stop being stable."""
 FORGET = 0.99
 
 
@@ -29,6 +30,11 @@ def check_schedule(name: str, value: Any) -> None:
     """
     if not callable(value) and not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise InvalidProblem(f"{name} must be a finite number > 0 or a schedule such as Power, got {value!r}.")
+
+
+def stable(momentum: float) -> float:
+    """Return the step, in units of 1 / curvature, at which descent with Nesterov's momentum stops being stable."""
+    return (2 + 2 * momentum) / (1 + 2 * momentum)
 
 
 class Curvature(NamedTuple):
@@ -73,24 +79,34 @@ class Curvature(NamedTuple):
         turned = torch.where(seen > 0, product / seen.clamp_min(torch.finfo(y.dtype).tiny), self.direction)
         return Curvature(torch.maximum(seen, FORGET * self.lower + (1 - FORGET) * seen), self.upper, turned)
 
-    def step(self, penalty: float | Tensor, wanted: float | Tensor | None, pull: float | Tensor = 0.0) -> Tensor:
+    def step(
+        self,
+        penalty: float | Tensor,
+        wanted: float | Tensor | None,
+        pull: float | Tensor = 0.0,
+        *,
+        momentum: float = 0.0,
+    ) -> Tensor:
         """Return the step wanted, cut where it would not be stable; None: a step that is safe.
 
         It holds for g, and for `g + f / penalty`, with `pull ‖y - center‖^2 / 2` added to both.
         """
         total = self.lower + self.upper / penalty + pull
-        return SAFE / total if wanted is None else (LIMIT / total).clamp_max(wanted)
+        return SAFE / total if wanted is None else (LIMIT * stable(momentum) / total).clamp_max(wanted)
 
-    def check(self, lr: float | Tensor, penalty: float | Tensor, pull: float | Tensor = 0.0) -> None:
+    def check(
+        self, lr: float | Tensor, penalty: float | Tensor, pull: float | Tensor = 0.0, *, momentum: float = 0.0
+    ) -> None:
         """Refuse a lower step beyond the limit of stability at the start.
 
         Raises:
-            InvalidProblem: `lr (curvature of g + f / penalty, plus pull) >= 2`.
+            InvalidProblem: `lr (curvature of g + f / penalty, plus pull) >= stable(momentum)`.
         """
         total = float(self.lower + self.upper / penalty + pull)
-        if not 0 < float(lr) * total < 2:
+        limit = stable(momentum) / total
+        if not 0 < float(lr) < limit:
             raise InvalidProblem(
-                f"lower_lr={float(lr):.3g} is outside (0, {2 / total:.3g}), where the lower steps are stable: the "
+                f"lower_lr={float(lr):.3g} is outside (0, {limit:.3g}), where the lower steps are stable: the "
                 f"largest curvature in y is {total:.3g} at the start. None takes {SAFE / total:.3g}."
             )
 

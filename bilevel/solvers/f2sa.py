@@ -24,6 +24,7 @@ class F2SAState(NamedTuple):
         x: upper variables `[p]`.
         y: the solution of the lower problem (the paper's z), `[d]` or `[m, d]`.
         relaxed: the solution of the lower problem with f / penalty added (the paper's y), likewise.
+        velocity: of `y` and of `relaxed` (v and u), likewise.
         step: upper steps made.
         upper: state of the upper optimizer.
         curvature: largest curvatures in y.
@@ -33,6 +34,7 @@ class F2SAState(NamedTuple):
     x: Tensor
     y: Tensor
     relaxed: Tensor
+    velocity: tuple[Tensor, Tensor]
     step: int
     upper: Any
     curvature: Curvature
@@ -44,8 +46,8 @@ class F2SAState(NamedTuple):
 class F2SA(Solver[F2SAState]):
     """Minimize `f(x, y) + λ (g(x, y) - min g(x, .))` by gradient steps in x, y and a second lower variable z.
 
-        T times:  z <- z - γ dg/dy(x, z)
-                  y <- y - γ [dg/dy(x, y) + df/dy(x, y) / λ]
+        T times:  v <- β v - γ dg/dy(x, z),                     z <- z + β v - γ dg/dy(x, z)
+                  u <- β u - γ [dg/dy(x, y) + df/dy(x, y) / λ], y <- y + β u - γ [...]
         x <- P_X( x - τ h ),   h = df/dx(x, y) + λ [dg/dx(x, y) - dg/dx(x, z)]
 
     h differs from the hypergradient by O(1 / λ) where g(x, .) is strongly convex and y and z are exact. The penalty λ
@@ -57,9 +59,10 @@ class F2SA(Solver[F2SAState]):
             and z, and x circles.
         penalty: λ > 0; a number, or a schedule of the step. Bias falls with it, rounding grows: in float32 stay below
             about 1e3.
-        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `2 / (curvature of g + f / λ)`; that
-            curvature is measured at the start and followed, and longer steps are cut. None: 0.8 / that curvature.
+        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `(2 + 2 β) / (1 + 2 β)` over the curvature
+            of `g + f / λ`, which is measured at the start and followed: longer steps are cut. None: 0.8 over it.
         lower_steps: T >= 1.
+        momentum: β in [0, 1), Nesterov's, carried from one upper step to the next; 0 is the paper's.
         shared_batches: whether y and z see the same lower batches. The theory draws them independently, but λ then
             multiplies their differences.
 
@@ -68,12 +71,13 @@ class F2SA(Solver[F2SAState]):
 
     Cost:
         Per step: T + 1 upper and 2 (T + 1) lower gradients, 1 lower gradient for the curvature, 1 upper value, 0 HVPs.
-        At the start: 16 upper and 17 lower gradients. Memory: four vectors like y.
+        At the start: 16 upper and 17 lower gradients. Memory: six vectors like y.
 
     Notes:
         Metrics: `stationarity` is the norm of `(x - P_X(x - h), dg/dy(x, z), dg/dy(x, y) + df/dy(x, y) / λ)`, since h
         alone is also small where y and z have only just started to part; `upper_value` is f(x, z).
-        Deviations from the paper: one step length γ for y and z, an x step that does not shrink with λ, and X.
+        Deviations from the paper: momentum, one step length γ for y and z, an x step that does not shrink with λ, and
+        X. Momentum is what ill-conditioned lower problems need: y and z then follow x with half the gradients.
 
     References:
         Kwon, Kwon, Wright and Nowak (2023), "A fully first-order method for stochastic bilevel optimization", ICML,
@@ -88,11 +92,13 @@ class F2SA(Solver[F2SAState]):
     """
 
     needs_hvp: ClassVar[bool] = False
+    contract_steps: ClassVar[int] = 500
 
-    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.1, -0.5, offset=30.0)))
+    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.1, -0.5, offset=60.0)))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
     lower_lr: Schedule | None = None
-    lower_steps: int = 10
+    lower_steps: int = 5
+    momentum: float = 0.9
     shared_batches: bool = True
 
     def __post_init__(self) -> None:
@@ -100,6 +106,8 @@ class F2SA(Solver[F2SAState]):
             raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        if not 0 <= self.momentum < 1:
+            raise InvalidProblem(f"momentum must be in [0, 1), got {self.momentum!r}.")
         check_schedule("penalty", self.penalty)
         if self.lower_lr is not None:
             check_schedule("lower_lr", self.lower_lr)
@@ -109,12 +117,15 @@ class F2SA(Solver[F2SAState]):
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
         if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
-        return F2SAState(x, y, y, 0, self.upper.init(x), curvature, None)
+            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), momentum=self.momentum)
+        still = torch.zeros_like(y)
+        return F2SAState(x, y, y, (still, still), 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: F2SAState) -> F2SAState:
         """Return the state after `lower_steps` steps of y and z and one of x."""
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
+        v, u = state.velocity
+        beta = self.momentum
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
@@ -124,9 +135,9 @@ class F2SA(Solver[F2SAState]):
             in_y = oracles.lower_gradient(x, y, y_step)[1] + oracles.upper_gradient(x, y, k).y / penalty
             if t == 0:
                 curvature = curvature.followed(oracles, x, z, in_z, z_step)
-                lr = curvature.step(penalty, wanted)
-            z = z - lr * in_z
-            y = y - lr * in_y
+                lr = curvature.step(penalty, wanted, momentum=beta)
+            v, u = beta * v - lr * in_z, beta * u - lr * in_y
+            z, y = z + (beta * v - lr * in_z), y + (beta * u - lr * in_y)
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
         h = gap.direction(penalty)
@@ -142,7 +153,8 @@ class F2SA(Solver[F2SAState]):
             error_estimate=missing,
             status=Status.CONVERGED,
         )
-        return F2SAState(oracles.project_x(new_x), z, y, state.step + 1, upper, curvature, metrics)
+        x_next = oracles.project_x(new_x)
+        return F2SAState(x_next, z, y, (v, u), state.step + 1, upper, curvature, metrics)
 
     def backtracked(self, factor: float) -> F2SA:
         """Return this solver with upper steps `factor` times as long."""

@@ -80,7 +80,7 @@ def test_without_constraints_it_is_f2sa() -> None:
     options: dict[str, Any] = {"upper": SGD(0.02), "penalty": Power(5.0, 0.3), "lower_steps": 3}
     one, other = (
         bilevel.solve(task.problem, solver, task.x0, task.y0, steps=20)
-        for solver in (BLOCC(**options), F2SA(**options))
+        for solver in (BLOCC(**options), F2SA(**options, momentum=0.0))
     )
     torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.y, other.y, rtol=1e-12, atol=1e-12)

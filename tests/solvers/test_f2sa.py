@@ -130,7 +130,7 @@ def test_direction_is_the_derivative_of_the_penalized_problem(quadratic: Quadrat
 
 def test_one_step_is_the_formula(quadratic: Quadratic) -> None:
     x, y = torch.ones(4, dtype=torch.float64), torch.full((6,), 0.5, dtype=torch.float64)
-    solver = F2SA(upper=SGD(0.3), penalty=5.0, lower_lr=0.1, lower_steps=1)
+    solver = F2SA(upper=SGD(0.3), penalty=5.0, lower_lr=0.1, lower_steps=1, momentum=0.0)
     state = run(quadratic.problem(), solver, 1, x, y)
 
     def in_y(y: Tensor) -> Tensor:
@@ -147,6 +147,27 @@ def test_one_step_is_the_formula(quadratic: Quadratic) -> None:
     torch.testing.assert_close(state.metrics.stationarity, residuals.norm(), rtol=1e-12, atol=0)
     torch.testing.assert_close(state.metrics.lower_gradient_norm, in_y(z).norm(), rtol=1e-12, atol=0)
     torch.testing.assert_close(state.metrics.upper_value, quadratic.problem().upper(x, z, None), rtol=1e-12, atol=0)
+
+
+def test_momentum_is_nesterovs_and_outlives_a_step(quadratic: Quadratic) -> None:
+    y = torch.full((6,), 0.5, dtype=torch.float64)
+    x = torch.ones(4, dtype=torch.float64)
+    z = torch.nn.Parameter(y.clone())
+    optimizer = torch.optim.SGD([z], lr=0.1, momentum=0.7, nesterov=True)
+    for _ in range(6):
+        z.grad = quadratic.a @ z.detach() - quadratic.b.T @ x + quadratic.c
+        optimizer.step()
+    solver = F2SA(upper=SGD(1e-300), penalty=5.0, lower_lr=0.1, lower_steps=3, momentum=0.7)
+    torch.testing.assert_close(run(quadratic.problem(), solver, 2, x, y).y, z.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_momentum_follows_an_ill_conditioned_lower_problem() -> None:
+    task = bilevel.problems.quadratic(condition=300.0)
+    plain, faster = (
+        bilevel.solve(task.problem, F2SA(momentum=momentum), task.x0, task.y0, steps=100) for momentum in (0.0, 0.9)
+    )
+    ratio = faster.history["lower_gradient_norm"][-1] / plain.history["lower_gradient_norm"][-1]
+    assert ratio < 0.5
 
 
 def test_the_solution_of_the_penalized_problem_does_not_move(quadratic: Quadratic) -> None:
@@ -255,10 +276,12 @@ def test_rounding_at_the_largest_penalty(generator: torch.Generator) -> None:
 
 
 def test_unstable_lower_steps_are_refused(quadratic: Quadratic) -> None:
-    solver = F2SA(lower_lr=0.55)  # the largest curvature is 4
+    solver = F2SA(lower_lr=0.55, momentum=0.0)  # the largest curvature is 4
     with pytest.raises(InvalidProblem, match=r"lower_lr=0\.55 is outside \(0, 0\.4\d"):
         run(quadratic.problem(), solver, 0)
-    assert run(quadratic.problem(), F2SA(lower_lr=0.45), 1).step == 1
+    assert run(quadratic.problem(), F2SA(lower_lr=0.45, momentum=0.0), 1).step == 1
+    with pytest.raises(InvalidProblem, match=r"lower_lr=0\.45 is outside \(0, 0\.3\d"):
+        run(quadratic.problem(), F2SA(lower_lr=0.45), 0)
 
 
 def test_a_start_without_curvature_is_refused() -> None:
@@ -336,6 +359,7 @@ def test_counts(quadratic: Quadratic, lower_steps: int, lower_lr: float | None) 
         ({"penalty": "large"}, "penalty must be"),
         ({"lower_lr": -0.1}, "lower_lr must be"),
         ({"lower_steps": 0}, "lower_steps must be"),
+        ({"momentum": 1.0}, "momentum must be"),
         ({"upper": 0.1}, "upper must be an Optimizer"),
         ({"upper": bilevel.LBFGS()}, "upper must be an Optimizer"),
     ],
@@ -346,7 +370,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_schedules_of_both_steps(quadratic: Quadratic) -> None:
-    solver = F2SA(upper=SGD(Power(0.3, -0.2)), penalty=50.0, lower_lr=Power(0.4, -0.3, limit=0.1))
+    solver = F2SA(upper=SGD(Power(0.3, -0.2)), penalty=50.0, lower_lr=Power(0.3, -0.3, limit=0.1))
     x = run(quadratic.problem(), solver, 300).x
     assert float(quadratic.hypergradient(x).norm()) < 1e-2
 

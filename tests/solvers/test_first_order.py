@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import SGD, Problem, Solver
+from bilevel import SGD, Adam, Problem, Solver
 from bilevel.dry_run import open_oracles
 from bilevel.optimizers import Power
 from bilevel.solvers.f2ba import F2BA
@@ -58,7 +58,7 @@ def quadratic() -> Problem:
 
 def test_without_noise_f3sa_is_f2sa() -> None:
     options: dict[str, Any] = {"upper": SGD(0.05, 0.3), "penalty": GROWING}
-    plain = after(quadratic(), F2SA(**options, lower_steps=1), 30, (4, 10))
+    plain = after(quadratic(), F2SA(**options, lower_steps=1, momentum=0.0), 30, (4, 10))
     for renewal in (1.0, 0.05, Power(1.0, -0.8, offset=3.0)):
         recursive = after(quadratic(), F3SA(**options, renewal=renewal), 30, (4, 10))
         for name in ("x", "y", "relaxed"):
@@ -68,7 +68,7 @@ def test_without_noise_f3sa_is_f2sa() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_with_full_renewal_f3sa_is_f2sa_on_any_batches(shared: bool) -> None:
     options: dict[str, Any] = {"upper": SGD(0.05), "penalty": GROWING, "shared_batches": shared}
-    plain = after(noisy(), F2SA(**options, lower_steps=1), 30)
+    plain = after(noisy(), F2SA(**options, lower_steps=1, momentum=0.0), 30)
     recursive = after(noisy(), F3SA(**options, renewal=1.0), 30)
     other = after(noisy(), F3SA(**options, renewal=0.5), 30)
     for name in ("x", "y", "relaxed"):
@@ -79,8 +79,10 @@ def test_with_full_renewal_f3sa_is_f2sa_on_any_batches(shared: bool) -> None:
 @pytest.mark.parametrize("lower_steps", [1, 4])
 @pytest.mark.parametrize("shared", [True, False])
 def test_without_prox_and_sets_prox_f2sa_is_f2sa(shared: bool, lower_steps: int) -> None:
-    options: dict[str, Any] = {"penalty": GROWING, "shared_batches": shared, "lower_steps": lower_steps}
-    plain = after(noisy(), F2SA(**options), 30)
+    options: dict[str, Any] = {
+        "upper": Adam(0.05), "penalty": GROWING, "shared_batches": shared, "lower_steps": lower_steps,
+    }  # fmt: skip
+    plain = after(noisy(), F2SA(**options, momentum=0.0), 30)
     prox = after(noisy(), ProxF2SA(**options, prox=math.inf, averaging=1.0), 30)
     torch.testing.assert_close(prox.x, plain.x, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(prox.y, plain.relaxed, rtol=1e-12, atol=1e-14)
@@ -90,8 +92,9 @@ def test_without_prox_and_sets_prox_f2sa_is_f2sa(shared: bool, lower_steps: int)
 
 
 def test_at_one_penalty_f2ba_is_f2sa() -> None:
-    plain = after(noisy(), F2SA(penalty=50.0, lower_steps=4), 30)
-    loops = after(noisy(), F2BA(penalty=50.0, lower_steps=4), 30)
+    options: dict[str, Any] = {"upper": Adam(0.05), "penalty": 50.0, "lower_steps": 4}
+    plain = after(noisy(), F2SA(**options, momentum=0.0), 30)
+    loops = after(noisy(), F2BA(**options), 30)
     for name in ("x", "y", "relaxed"):
         assert torch.equal(getattr(loops, name), getattr(plain, name))
 
