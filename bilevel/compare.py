@@ -37,12 +37,15 @@ def compare(
         progress: as for `solve`.
 
     Returns:
-        Rows with `problem, solver, seed, upper_value, x_error, seconds, gradients, hvps, crosses, status`, and what the
-        task's `evaluate` says of the best x and y.
+        Rows with `problem, solver, seed, upper_value, x_error, seconds, seconds_to_first, gradients, hvps, crosses,
+        status`, and what the task's `evaluate` says of the best x and y. `seconds_to_first` is the time after which the
+        upper value was first no more than the best that the first solver reached (None: it never was); values are those
+        at each solver's own y, which relaxed methods may show too low.
     """
     rows = []
     for seed in seeds:
         task = make_task(seed)
+        target: float | None = None
         for name, solver in solvers.items():
             row: Row = {"problem": task.name, "solver": name, "seed": seed}
             try:
@@ -58,7 +61,8 @@ def compare(
             except BilevelError as error:
                 row |= {"status": type(error).__name__, "message": str(error)}
             else:
-                row |= describe(task, solution)
+                target = solution.best_value if target is None else target
+                row |= describe(task, solution) | {"seconds_to_first": seconds_to(target, solution)}
             rows.append(row)
     return rows
 
@@ -66,6 +70,14 @@ def compare(
 def steps_for(task: Task, solver: Solver[Any]) -> int:
     """Return how many steps a solver gets by default: a single-loop method takes many cheap ones."""
     return math.ceil(task.steps * solver.contract_steps / Solver.contract_steps)
+
+
+def seconds_to(target: float, solution: Solution) -> float | None:
+    """Return the time after which the upper value was first no more than the target, None if it never was."""
+    reached = zip(solution.history["upper_value"], solution.history["seconds"], strict=True)
+    # The last value is seen after the last step, where the answer is certified.
+    last = solution.seconds if solution.best_value <= target else None
+    return next((seconds for value, seconds in reached if value <= target), last)
 
 
 def describe(task: Task, solution: Solution) -> Row:

@@ -139,6 +139,18 @@ def test_compare_from_python_uses_the_tasks_own_steps() -> None:
     assert spread(rows)[0]["runs"] == spread(rows)[0]["ok"] == 1
 
 
+def test_compare_times_how_long_the_others_take_to_what_the_first_reached() -> None:
+    makers = {
+        "first": bilevel.implicit(),
+        "short": bilevel.implicit(upper=bilevel.SGD(1e-6)),
+        "same": bilevel.implicit(),
+    }
+    first, short, same = compare(lambda seed: bilevel.problems.quadratic(seed=seed), makers, steps=20)
+    assert 0 < first["seconds_to_first"] <= first["seconds"]
+    assert short["seconds_to_first"] is None
+    assert 0 < same["seconds_to_first"] <= same["seconds"]
+
+
 def test_solver_texts_are_parsed_not_evaluated() -> None:
     assert list(cli.parse_solvers("all")) == list(bilevel.solvers.__all__)
     assert cli.parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
