@@ -67,7 +67,7 @@ class FaceView:
 
     def __init__(self, oracles: Oracles, face: Face) -> None:
         self.oracles, self.face = oracles, face
-        self._gradient: Tensor | None = None
+        self._first: FaceLinearization | None = None
 
     @property
     def counts(self) -> Counts:
@@ -77,8 +77,13 @@ class FaceView:
     @property
     def gradient(self) -> Tensor:
         """The whole lower gradient at the first point seen, which is that of the face."""
-        assert self._gradient is not None
-        return self._gradient
+        assert self._first is not None
+        return self._first.whole.gradient
+
+    def mean_curvature(self) -> Tensor:
+        """Return the curvature at that point along all free entries at once."""
+        assert self._first is not None
+        return self._first.mean_curvature()
 
     def upper_gradient(self, x: Tensor, y: Tensor, step: int = 0) -> UpperGradient:
         """Return f and its gradients, that in y on the face."""
@@ -87,10 +92,9 @@ class FaceView:
 
     def linearize_lower(self, x: Tensor, y: Tensor, step: int = 0) -> FaceLinearization:
         """Return g differentiated twice along the face."""
-        whole = self.oracles.linearize_lower(x, self.face.place(y), step)
-        if self._gradient is None:
-            self._gradient = whole.gradient
-        return FaceLinearization(whole, self.face)
+        along = FaceLinearization(self.oracles.linearize_lower(x, self.face.place(y), step), self.face)
+        self._first = along if self._first is None else self._first
+        return along
 
 
 class FaceLinearization:
@@ -99,23 +103,28 @@ class FaceLinearization:
     def __init__(self, whole: Linearization, face: Face) -> None:
         self.value, self.gradient = whole.value, face.drop(whole.gradient)
         self.diagonal = None if whole.diagonal is None else face.drop(whole.diagonal)
-        self._whole, self._face = whole, face
+        self.whole, self._face = whole, face
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H_SS v."""
-        return self._kept(self._whole.hvp(self._face.lift(v)), v)
+        return self._kept(self.whole.hvp(self._face.lift(v)), v)
 
     def hvps(self, vectors: Tensor) -> Tensor:
         """Return H_SS applied to k vectors."""
-        return self._kept(self._whole.hvps(self._face.lift(vectors)), vectors)
+        return self._kept(self.whole.hvps(self._face.lift(vectors)), vectors)
+
+    def mean_curvature(self) -> Tensor:
+        """Return the curvature along all free entries at once, 0-dim: one product."""
+        v = self._face.drop(torch.ones_like(self._face.y))
+        return (v * self.hvp(v)).sum() / v.square().sum()
 
     def cross(self, v: Tensor) -> Tensor:
         """Return J_S^T v."""
-        return self._whole.cross(self._face.lift(v))
+        return self.whole.cross(self._face.lift(v))
 
     def sample_gradients(self, k: int) -> Tensor:
         """Return k per-example gradients along the face."""
-        return self._face.drop(self._whole.sample_gradients(k))
+        return self._face.drop(self.whole.sample_gradients(k))
 
     def _kept(self, product: Tensor, v: Tensor) -> Tensor:
         # With blocks the map is the identity off the face, where right-hand sides are 0: dense solvers see no zeros.

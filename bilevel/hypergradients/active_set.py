@@ -54,7 +54,8 @@ class ActiveSet(Estimator):
             constraints.
 
     Cost:
-        That of `implicit`, with products on S only (each costs one HVP all the same).
+        That of `implicit`, with products on S only (each costs one HVP all the same), and one more product where an
+        exact warm start leaves the linear solver without any.
 
     References:
         Bertrand, Klopfenstein, Massias, Blondel, Vaiter, Gramfort, Salmon, "Implicit differentiation for fast
@@ -162,8 +163,10 @@ def _judged(view: FaceView, x: Tensor, certificate: Certificate, box: Bounds) ->
     face, y, gradient, declared = view.face, view.face.y, view.gradient, view.oracles.declared(x)
     slack = held_slack(declared, y, gradient, box)
     margin = slack.min()
-    if certificate.curvature is not None:
-        margin = torch.minimum(margin, free_distance(declared, face, box) * certificate.curvature[1])
+    if not face.empty:
+        # A warm start that is exact leaves the linear solver nothing to do, so it sees no curvature.
+        largest = view.mean_curvature() if certificate.curvature is None else certificate.curvature[1]
+        margin = torch.minimum(margin, free_distance(declared, face, box) * largest)
     moving, outside = face.drop(gradient).norm(), slack.clamp_max(0).norm()
     rest = gradient - declared.add_gradient(torch.zeros_like(y), y)
     resolution = moving + 100 * torch.finfo(y.dtype).eps * (rest.abs().max() + gradient.abs().max())

@@ -279,9 +279,10 @@ class _Conditions:
         y, declared = self.face.y, self.oracles.declared(self.x)
         slack = held_slack(declared, y, self.gradient, self.box)
         margin = torch.minimum(slack.min(), point.multiplier_margin)
-        if solution.curvature is not None:
+        if not self.face.empty:
+            largest = self.lagrangian.mean_curvature() if solution.curvature is None else solution.curvature[1]
             near = torch.minimum(free_distance(declared, self.face, self.box), point.slack_margin)
-            margin = torch.minimum(margin, near * solution.curvature[1])
+            margin = torch.minimum(margin, near * largest)
         moving = torch.hypot(self.lagrangian.gradient.norm(), self.rows.value[self.active].norm())
         outside = torch.minimum(slack.min(), point.multiplier_margin).clamp_max(0).abs()
         forces = (self.multipliers.abs() * self.rows.y.norm(dim=-1)).sum() + self.gradient.abs().max()

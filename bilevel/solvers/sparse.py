@@ -58,11 +58,13 @@ class SparseDescent(Solver[SparseState]):
         certify_every: certify every so many steps (0: never). A certificate costs about two hypergradients.
 
     Cost:
-        Per step: one gradient a proximal step (warm starts take few), and one estimate.
+        Per step: one gradient a proximal step (warm starts take few) and five to measure their length, none with
+        `CoordinateDescent`; and one estimate.
 
     Notes:
         Each upper step solves the lower level on one batch, the one with its number. F has kinks where the active set
-        changes; between them it is smooth.
+        changes; between them it is smooth. Where a kink is a minimum, x goes to and fro across it and the margin of the
+        certificate shrinks: `best_x` is the better end, and a decaying `lr` closes in. `state.estimator.free` is S.
 
     References:
         Bertrand, Klopfenstein, Massias, Blondel, Vaiter, Gramfort, Salmon, "Implicit differentiation for fast
