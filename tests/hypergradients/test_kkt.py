@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import minimize
+from sklearn.svm import SVC
 from torch import Tensor
 
 import bilevel
@@ -146,6 +147,15 @@ def value(problem: Problem, here: _Conditions) -> Tensor:
     return problem.upper(here.x, here.face.y, None)
 
 
+def differences(problem: Problem, here: _Conditions, step: float) -> Tensor:
+    """Return central differences of F, each from lower solves of its own."""
+    rows = []
+    for unit in torch.eye(len(here.x), dtype=torch.float64) * step:
+        ends = [value(problem, solved(problem, here.x + sign * unit, here.active, here.face)) for sign in (1, -1)]
+        rows.append((ends[0] - ends[1]) / (2 * step))
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hypergradients_match_differences(name: str) -> None:
     problem = CASES[name]
@@ -155,11 +165,7 @@ def test_hypergradients_match_differences(name: str) -> None:
     assert certificate.margin is not None
     assert float(certificate.margin) > 1e-3
     for step in (1e-4, 1e-5):
-        rows = []
-        for unit in torch.eye(3, dtype=torch.float64) * step:
-            ends = [value(problem, solved(problem, X + sign * unit, here.active, here.face)) for sign in (1, -1)]
-            rows.append((ends[0] - ends[1]) / (2 * step))
-        reference = torch.stack(rows)
+        reference = differences(problem, here, step)
         assert float((found.gradient - reference).norm() / reference.norm()) < 1e-6
     assert certificate.error_estimate is not None
     assert float(certificate.error_estimate) < 1e-8
@@ -182,6 +188,33 @@ def test_a_qp_is_its_dense_kkt_system() -> None:
     assert 1 <= int(active.sum()) < 4
     found = hypergradient(CASES["qp"], X, y, estimator=EXACT)
     torch.testing.assert_close(found.gradient, y[:3] - moved.T @ u, rtol=1e-9, atol=1e-12)
+
+
+def test_the_dual_of_an_svm_with_an_intercept() -> None:
+    """Each sample has a C of its own, `0 <= alpha_i <= e^(x_i)`, and the intercept makes `<s, alpha> = 0`."""
+    points, sides = draw(8, 4, seed=5), torch.tensor([1.0, -1] * 4, dtype=torch.float64)
+    rows, fresh = points * sides[:, None], draw(20, 4, seed=6)
+    x = 0.3 * draw(8, seed=7) - 0.5
+    problem = Problem(
+        upper=lambda x, y, b: torch.nn.functional.softplus(-fresh @ ((x.exp() * y) @ rows)).mean(),
+        lower=lambda x, y, b: ((x.exp() * y) @ rows).square().sum() / 2 - (x.exp() * y).sum(),
+        equality=lambda x, y, b: ((x.exp() * y) @ sides)[None],
+        lower_set=Box(0.0, 1.0),
+    )
+    here = solved(problem, x)
+    free = int(here.face.free.sum())
+    assert 2 <= free < 8
+    svc = SVC(kernel="linear", C=1.0, tol=1e-12).fit(points.numpy(), sides.numpy(), sample_weight=x.exp().numpy())
+    weights = torch.tensor(svc.coef_[0])
+    # scikit-learn's SVC keeps products of samples in float32.
+    torch.testing.assert_close((x.exp() * here.face.y) @ rows, weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(here.multipliers, torch.tensor(svc.intercept_), rtol=0, atol=1e-6)
+    found = hypergradient(problem, x, here.face.y, estimator=EXACT)
+    assert found.certificate.margin is not None
+    assert float(found.certificate.margin) > 1e-3
+    for step in (1e-4, 1e-5):
+        reference = differences(problem, here, step)
+        assert float((found.gradient - reference).norm() / reference.norm()) < 1e-6
 
 
 def test_examine_reports_multipliers_and_margins() -> None:
