@@ -113,13 +113,13 @@ def solve(
                     run.end(Status.DIVERGED if isinstance(error, Diverged) else Status.INFEASIBLE, str(error))
                     break
                 trouble = str(error)
-            if trouble and on_nonfinite == "backtrack" and halvings < BACKTRACKS:
+            if trouble and on_nonfinite == "backtrack":
                 # What is bad where it was evaluated was reached by too long a step: take that step again, shorter.
-                reached_bad_x = after is not None and not after.x.isfinite().all()
-                state = state if reached_bad_x or previous is None else previous
-                solver, halvings = solver.backtracked(0.5), halvings + 1
-            elif trouble and on_nonfinite == "backtrack":
-                run.end(Status.STALLED, f"{Status.STALLED.value}; after {halvings} halvings: {trouble}")
+                state = state if _left(after) or previous is None else previous
+                if halvings < BACKTRACKS:
+                    solver, halvings = solver.backtracked(0.5), halvings + 1
+                else:
+                    run.end(Status.STALLED, f"{Status.STALLED.value}; after {halvings} halvings: {trouble}")
             elif trouble and on_nonfinite == "skip":
                 state = solver.skipped(state)
             elif trouble:
@@ -134,6 +134,13 @@ def solve(
                     answers = [callback(event) for callback in callbacks]
                     run.judge(row, tol, max_seconds, max_gradients, stopped=any(answers))
     return run.finish(solver, state, tol, throw)
+
+
+def _left(after: Any) -> bool:
+    """Return whether a step left a point where all was finite for one that is not."""
+    if after is None or not all(math.isfinite(value) for value in after.metrics[:3]):
+        return False
+    return not bool(after.x.isfinite().all() & after.y.isfinite().all())
 
 
 def _trouble(oracles: Oracles, after: Any) -> str | None:
