@@ -10,6 +10,7 @@ from bilevel.hypergradients import (
     Estimator,
     Hypergradient,
     Implicit,
+    ImplicitKKT,
     hypergradient,
     implicit_function,
 )
@@ -32,12 +33,36 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.modules import FunctionalModule, functional
-from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, Power, StepDecay, from_torch
+from bilevel.optimizers import (
+    LBFGS,
+    SGD,
+    Adam,
+    AdamW,
+    CoordinateDescent,
+    Cosine,
+    Optimizer,
+    Power,
+    ProximalGradient,
+    StepDecay,
+    from_torch,
+)
 from bilevel.oracles import Counts, Oracles
 from bilevel.problem import Problem
 from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
 from bilevel.session import Session
-from bilevel.sets import Affine, Ball, Box, Halfspace, L1Ball, NonNegative, Product, Set, Simplex
+from bilevel.sets import (
+    Affine,
+    Ball,
+    Box,
+    Halfspace,
+    JointHalfspace,
+    JointPolyhedron,
+    L1Ball,
+    NonNegative,
+    Product,
+    Set,
+    Simplex,
+)
 from bilevel.solution import History, Solution
 from bilevel.solvers import (
     BAMM,
@@ -83,16 +108,16 @@ from bilevel.status import (
 
 __all__ = [
     "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
-    "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense",
-    "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "GroupL1",
-    "Halfspace", "History", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity",
-    "Implicit", "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "L1Ball", "LinearSolution",
-    "LinearSolveFailed", "LinearSolver", "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite",
-    "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power",
-    "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback",
-    "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver",
-    "SparseDescent", "SparseGroupL1", "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch",
-    "functional", "hypergradient", "imaml", "implicit", "implicit_function", "neumann", "nystrom", "problems",
-    "solve",
+    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
+    "BilevelError", "BilevelWarning", "Box", "CSVLogger", "Certificate", "CoordinateDescent", "Cosine", "Counts",
+    "DataExhausted", "DataSource", "Dense", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full",
+    "FunctionalModule", "GroupL1", "Halfspace", "History", "Hypergradient", "HypergradientDescent",
+    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "InvalidProblem",
+    "Jacobi", "JointHalfspace", "JointPolyhedron", "L1Ball", "LinearSolution", "LinearSolveFailed", "LinearSolver",
+    "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom",
+    "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem", "Product",
+    "ProxF2SA", "ProximalGradient", "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported",
+    "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1",
+    "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch", "functional", "hypergradient",
+    "imaml", "implicit", "implicit_function", "neumann", "nystrom", "problems", "solve",
 ]  # fmt: skip
