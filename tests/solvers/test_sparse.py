@@ -264,7 +264,7 @@ def test_a_margin_of_0_is_told_and_the_answer_is_that_of_one_side(gap: float) ->
 
 
 def test_descent_into_a_kink_stays_there_and_says_so() -> None:
-    """F falls up to x = 2, where the entry vanishes, and rises beyond: x goes to and fro, its margin shrinks."""
+    """F falls up to x = 2, where the entry vanishes, and rises beyond: x goes back and forth, its margin shrinks."""
     solver = SparseDescent(upper=SGD(lr=bilevel.Power(0.5, -1.0)))
     margins = []
     for steps in (20, 400):
