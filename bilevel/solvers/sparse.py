@@ -63,8 +63,9 @@ class SparseDescent(Solver[SparseState]):
 
     Notes:
         Each upper step solves the lower level on one batch, the one with its number. F has kinks where the active set
-        changes; between them it is smooth. Where a kink is a minimum, x goes back and forth across it and the margin of the
-        certificate shrinks: `best_x` is the better end, and a decaying `lr` closes in. `state.estimator.free` is S.
+        changes; between them it is smooth. Where a kink is a minimum, x goes back and forth across it and the margin
+        of the certificate shrinks: `best_x` is the better end, and a decaying `lr` closes in. `state.estimator.free`
+        is S.
 
     References:
         Bertrand, Klopfenstein, Massias, Blondel, Vaiter, Gramfort, Salmon, "Implicit differentiation for fast
