@@ -99,8 +99,10 @@ def solve(
             after, trouble = None, None
             try:
                 after = solver.step(oracles, state)
-                solver.inspect(oracles, after)
-                trouble = _trouble(oracles, after) or run.runaway(after, on_nonfinite)
+                trouble = _trouble(oracles, after)
+                if trouble is None:
+                    solver.inspect(oracles, after)
+                    trouble = run.runaway(after, on_nonfinite)
                 run.check_size(after)
             except LinearSolveFailed as error:
                 run.end(error.status, str(error))

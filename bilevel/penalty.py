@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.oracles import LowerGradient, Oracles, UpperGradient
-from bilevel.smoothness import smoothness
+from bilevel.smoothness import check_curved, smoothness
 from bilevel.status import InvalidProblem
 
 Schedule: TypeAlias = float | Callable[[Any, int], float | Tensor]
@@ -60,12 +60,7 @@ class Curvature(NamedTuple):
         lower = smoothness(lambda v: oracles.lower_gradient(x, v)[1], y)
         upper = smoothness(lambda v: oracles.upper_gradient(x, v).y, y)
         gradient = oracles.lower_gradient(x, y)[1]
-        rounding = torch.finfo(y.dtype).eps ** (2 / 3) * gradient.norm() / (1 + y.norm())
-        if not float(lower) > 10 * float(rounding):
-            raise InvalidProblem(
-                "the lower objective has no curvature in y at the start, so no step is known to be stable; start "
-                "elsewhere, or add a regularizer (bilevel.L2)."
-            )
+        check_curved(lower, 10 * torch.finfo(y.dtype).eps ** (2 / 3) * gradient.norm() / (1 + y.norm()))
         return cls(lower, upper, torch.full_like(y, y.numel() ** -0.5))
 
     def followed(self, oracles: Oracles, x: Tensor, y: Tensor, gradient: Tensor, step: int) -> Curvature:

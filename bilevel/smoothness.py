@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear._lanczos import random_signs, ritz_range
+from bilevel.status import InvalidProblem
 
 
 def smoothness(gradient: Callable[[Tensor], Tensor], point: Tensor, *, steps: int = 8, seed: int = 0) -> Tensor:
@@ -63,3 +64,20 @@ def curvatures(
     sizes = 0.5 + torch.rand(point.shape[-1:], generator=generator, dtype=torch.float64).to(point)
     low, high = ritz_range(product, random_signs(point, seed) * sizes, steps)
     return low.min().to(point.dtype), high.max().to(point.dtype)
+
+
+def check_curved(curvature: Tensor, floor: float | Tensor) -> None:
+    """Refuse a lower objective without curvature in y at the start: no step could be told to be stable.
+
+    Args:
+        curvature: the largest one measured.
+        floor: what is not told from rounding.
+
+    Raises:
+        InvalidProblem: the curvature is not above the floor.
+    """
+    if not float(curvature) > float(floor):
+        raise InvalidProblem(
+            "the lower objective has no curvature in y at the start, so no step is known to be stable; start "
+            "elsewhere, add a regularizer (bilevel.L2), or declare its kinks (bilevel.L1 and relatives) and use MEHA."
+        )

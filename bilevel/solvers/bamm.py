@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.aggregated import Aggregated
 from bilevel.joint import coupling
 from bilevel.oracles import Oracles
-from bilevel.smoothness import curvatures, smoothness
+from bilevel.smoothness import check_curved, curvatures, smoothness
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
@@ -181,10 +181,12 @@ class BAMM(Solver[BAMMState]):
         """Return the state before the first step, with multiplier 0; measures curvatures.
 
         Raises:
-            InvalidProblem: the problem has a part that this solver cannot treat, or `lr` is too large for it.
+            InvalidProblem: the problem has a part that this solver cannot treat, g has no curvature in y, or `lr` is
+                too large for it.
         """
         self.refuse(oracles.problem)
         seen = _curvatures(oracles, x, y, 0)
+        check_curved(seen.lower, torch.finfo(y.dtype).eps)
         largest = float(torch.maximum(seen.aggregated(self.mu), seen.lower))
         if self.lr is not None and self.lr * largest >= 2:
             raise InvalidProblem(

@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.aggregated import Aggregated
 from bilevel.optimizers import Adam, Optimizer
 from bilevel.oracles import Oracles
-from bilevel.smoothness import smoothness
+from bilevel.smoothness import check_curved, smoothness
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
@@ -106,10 +106,12 @@ class BDA(Solver[BDAState]):
         """Return the state before the first step; measures curvatures.
 
         Raises:
-            InvalidProblem: the problem has a part that this solver cannot treat, or `lr` is too large for it.
+            InvalidProblem: the problem has a part that this solver cannot treat, g has no curvature in y, or `lr` is
+                too large for it.
         """
         self.refuse(oracles.problem)
         of_f, of_g = curvatures = _curvatures(oracles, x, y, 0, 0)
+        check_curved(of_g, torch.finfo(y.dtype).eps)
         largest = float(torch.maximum(self.mu * of_f + (1 - self.mu) * of_g, of_g if self.decay > 0 else 0 * of_g))
         if self.lr is not None and self.lr * largest >= 2:
             raise InvalidProblem(

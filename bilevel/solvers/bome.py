@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.joint import joint_smoothness
 from bilevel.oracles import Oracles
 from bilevel.penalty import Gap
-from bilevel.smoothness import smoothness
+from bilevel.smoothness import check_curved, smoothness
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
@@ -115,10 +115,12 @@ class BOME(Solver[BOMEState]):
         """Return the state before the first step; measures curvatures.
 
         Raises:
-            InvalidProblem: the problem has a part that this solver cannot treat, or a step length is too large for it.
+            InvalidProblem: the problem has a part that this solver cannot treat, g has no curvature in y, or a step
+                length is too large for it.
         """
         self.refuse(oracles.problem)
         curvatures = self._curvatures(oracles, x, y, 0)
+        check_curved(curvatures.lower, torch.finfo(y.dtype).eps)
         for name, largest in (("lr", float(curvatures.joint)), ("lower_lr", float(curvatures.lower))):
             lr = getattr(self, name)
             if lr is not None and lr * largest >= 2:

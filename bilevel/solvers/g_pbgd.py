@@ -14,6 +14,7 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Schedule, check_schedule
+from bilevel.smoothness import check_curved
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
@@ -97,10 +98,12 @@ class GPBGD(Solver[GPBGDState]):
         """Return the state before the first step; measures curvatures.
 
         Raises:
-            InvalidProblem: the problem has a part that this solver cannot treat, or `lr` is too large for it.
+            InvalidProblem: the problem has a part that this solver cannot treat, g has no second derivatives, or `lr`
+                is too large for it.
         """
         self.refuse(oracles.problem)
         of_f, of_penalty = curvatures = _curvatures(oracles, x, y, 0)
+        check_curved(of_penalty, torch.finfo(y.dtype).eps)
         largest = float(torch.maximum(of_f, of_penalty))
         if self.lr is not None and self.lr * largest >= 2:
             raise InvalidProblem(

@@ -13,7 +13,7 @@ from bilevel.joint import joint_smoothness
 from bilevel.optimizers._base import at
 from bilevel.oracles import Oracles
 from bilevel.penalty import Gap, Schedule, check_schedule
-from bilevel.smoothness import smoothness
+from bilevel.smoothness import check_curved, smoothness
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
@@ -118,11 +118,13 @@ class VPBGD(Solver[VPBGDState]):
         """Return the state before the first step, with z = y; measures curvatures.
 
         Raises:
-            InvalidProblem: the problem has a part that this solver cannot treat, or a step length is too large for it.
+            InvalidProblem: the problem has a part that this solver cannot treat, g has no curvature in y, or a step
+                length is too large for it.
         """
         self.refuse(oracles.problem)
         y = oracles.project_y(y)
         curvatures = self._curvatures(oracles, x, y, y, 0)
+        check_curved(curvatures.lower, torch.finfo(y.dtype).eps)
         shared = float(torch.maximum(curvatures.upper, curvatures.gap))
         for name, largest in (("lr", shared), ("lower_lr", float(curvatures.lower))):
             lr = getattr(self, name)
