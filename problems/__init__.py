@@ -12,11 +12,12 @@ from bilevel.problems.logistic_regression import logistic_regression
 from bilevel.problems.ridge import ridge
 from bilevel.problems.sparse import elastic_net, lasso, sparse_group
 from bilevel.problems.svm import svm
+from bilevel.problems.svm_primal import svm_primal
 from bilevel.problems.toys import box, ineq, lasso1, llc, mc, mci, sc, shen, sin, wl
 
 ready = (
     "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
-    "lasso", "elastic_net", "sparse_group", "svm",
+    "lasso", "elastic_net", "sparse_group", "svm", "svm_primal",
     "box", "ineq", "lasso1", "llc", "mc", "mci", "sc", "shen", "sin", "wl",
 )  # fmt: skip
 
@@ -46,5 +47,6 @@ __all__ = [
     "sin",
     "sparse_group",
     "svm",
+    "svm_primal",
     "wl",
 ]  # fmt: skip

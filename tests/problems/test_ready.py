@@ -20,13 +20,14 @@ SLOW = {"hyper_cleaning_mlp"}
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
 OTHER: dict[str, Callable[[], bilevel.Solver]] = {
     "box": bilevel.ProxF2SA, "ineq": bilevel.LVHBA, "lasso1": bilevel.MEHA, "llc": bilevel.LVHBA, "mc": bilevel.BAMM,
-    "mci": bilevel.LVHBA, "wl": bilevel.MEHA,
+    "mci": bilevel.LVHBA, "svm_primal": bilevel.LVHBA, "wl": bilevel.MEHA,
     **dict.fromkeys(("lasso", "elastic_net", "sparse_group", "svm"), bilevel.SparseDescent),
 }  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in problems.ready]
 REAL = {
     "ridge": "test_mse", "logistic_regression": "test_accuracy", "hyper_cleaning": "f1",
     "lasso": "test_r2", "elastic_net": "features", "sparse_group": "groups", "svm": "support_vectors",
+    "svm_primal": "wrong_labels_found",
 }  # fmt: skip
 
 
