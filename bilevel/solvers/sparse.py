@@ -10,8 +10,6 @@ from torch import Tensor
 
 from bilevel.hypergradients._base import Estimate
 from bilevel.hypergradients.active_set import ActiveSet, ActiveSetState
-from bilevel.hypergradients.implicit import Implicit
-from bilevel.linear import LinearSolver
 from bilevel.optimizers import LBFGS, Adam, Minimum, Optimizer
 from bilevel.optimizers.coordinate_descent import CoordinateDescent
 from bilevel.optimizers.proximal import ProximalGradient
@@ -164,22 +162,6 @@ class SparseDescent(Solver[SparseState]):
         return self.estimator.estimate(
             oracles, state.x, y, state.estimator, upper_step=state.step, lower_step=state.step, certify=certify
         )
-
-
-def sparse(linear: LinearSolver | None = None, **options: Any) -> SparseDescent:
-    """Descend along hypergradients of sparse or box-constrained lower levels.
-
-    Args:
-        linear: solver of `H_SS w = df/dy_S`; CG to a relative residual of 1e-6 if None.
-        options: of `SparseDescent`, except `estimator`.
-
-    Example:
-        >>> import bilevel
-        >>> sparse(linear=bilevel.Dense(), upper=bilevel.SGD(0.1)).upper.lr
-        0.1
-    """
-    estimator = ActiveSet() if linear is None else ActiveSet(Implicit(linear=linear))
-    return SparseDescent(estimator=estimator, **options)
 
 
 def _weights(oracles: Oracles, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

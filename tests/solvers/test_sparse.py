@@ -40,7 +40,7 @@ from bilevel.oracles import Counts
 from bilevel.problems import Task, toys
 from bilevel.regularizers import L1, GroupL1
 from bilevel.sets import Simplex
-from bilevel.solvers.sparse import SparseState, sparse
+from bilevel.solvers.sparse import SparseState
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -137,14 +137,15 @@ def test_a_first_order_method_approaches_the_same_point() -> None:
 
 # -- options -----------------------------------------------------------------------------------------------------------
 
+EXACT = ActiveSet(Implicit(linear=Dense()))
 OPTIONS: dict[str, SparseDescent] = {
     "sgd": SparseDescent(upper=SGD(lr=0.3)),
     "proximal": SparseDescent(lower=ProximalGradient(tol=1e-10, max_steps=5000, step=0.1, patience=100)),
     "coordinate_descent": SparseDescent(lower=CoordinateDescent(A, T)),
     "minres": SparseDescent(estimator=ActiveSet(Implicit(linear=MINRES(tol=1e-10, max_steps=50)))),
-    "dense": sparse(linear=Dense()),
+    "dense": SparseDescent(estimator=EXACT),
     "certified": SparseDescent(certify_every=10),
-    "named": sparse(upper=Adam(lr=0.05)),
+    "adam": SparseDescent(upper=Adam(lr=0.05)),
 }
 
 
@@ -192,7 +193,7 @@ def test_a_step_costs_what_the_docstring_says(name: str) -> None:
     """One gradient a proximal step, and one estimate: df/dy, the graph of dg/dy, its products, one cross product."""
     solver = replace(
         OPTIONS["coordinate_descent" if name == "coordinate_descent" else "proximal"],
-        estimator=sparse(Dense()).estimator,
+        estimator=EXACT,
     )
     if name == "measured":
         solver = replace(solver, lower=ProximalGradient())
