@@ -3,6 +3,7 @@
 from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.compare import compare
+from bilevel.conditions import Conditions, conditions
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
     ActiveSet,
@@ -94,8 +95,12 @@ from bilevel.status import (
     Diverged,
     HypergradientInaccurate,
     IneffectiveHyperparameter,
+    Infeasible,
+    InfeasibleStart,
     InvalidProblem,
     LinearSolveFailed,
+    MultiplierAtBound,
+    MultipliersUnbounded,
     NonDeterministic,
     NonFinite,
     PrecisionWarning,
@@ -107,17 +112,18 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
-    "BilevelError", "BilevelWarning", "Box", "CSVLogger", "Certificate", "CoordinateDescent", "Cosine", "Counts",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
+    "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "BilevelWarning", "Box", "CSVLogger", "Certificate", "Conditions", "CoordinateDescent", "Cosine", "Counts",
     "DataExhausted", "DataSource", "Dense", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full",
     "FunctionalModule", "GroupL1", "Halfspace", "History", "Hypergradient", "HypergradientDescent",
-    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "InvalidProblem",
-    "Jacobi", "JointHalfspace", "JointPolyhedron", "L1Ball", "LinearSolution", "LinearSolveFailed", "LinearSolver",
-    "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom",
-    "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem", "Product",
-    "ProxF2SA", "ProximalGradient", "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported",
-    "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1",
-    "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch", "functional", "hypergradient",
-    "imaml", "implicit", "implicit_function", "neumann", "nystrom", "problems", "solve",
+    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "L1Ball", "LinearSolution",
+    "LinearSolveFailed", "LinearSolver", "Loader", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann",
+    "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator",
+    "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "ProximalGradient",
+    "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex",
+    "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Status", "StepDecay",
+    "UnusedHyperparameter", "amigo", "compare", "conditions", "from_torch", "functional", "hypergradient", "imaml",
+    "implicit", "implicit_function", "neumann", "nystrom", "problems", "solve",
 ]  # fmt: skip

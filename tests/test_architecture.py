@@ -28,6 +28,7 @@ FLOORS = [
         "oracles",
         "multipliers",
         "feasibility",
+        "conditions",
         "second_order",
         "captured",
         "dry_run",

@@ -43,6 +43,7 @@ class KKTState(NamedTuple):
         step: relaxations solved.
         starts: one vector of all unknowns for each start `[k, n]`.
         relaxation: complementarity holds up to this: `slack * multiplier <= relaxation`.
+        multiplier: of c then of h at (x, y), `[q + r]`, in the user's units; see `bilevel.conditions`.
         report: how far the answer can be trusted, None before the first step.
         metrics: what the last step saw.
     """
@@ -52,6 +53,7 @@ class KKTState(NamedTuple):
     step: int
     starts: Tensor
     relaxation: float
+    multiplier: Tensor
     report: KKTReport | None
     metrics: Metrics | None
 
@@ -131,7 +133,7 @@ class KKT(Solver[KKTState]):
         noise = self.spread * torch.randn(self.starts, len(first), generator=generator, dtype=x.dtype).to(x.device)
         noise[0] = 0.0
         noise[:, len(x) + len(y) :] = 0.0
-        return KKTState(x, y, 0, first + noise, self.relaxation, None, None)
+        return KKTState(x, y, 0, first + noise, self.relaxation, _multipliers(system, first), None, None)
 
     @torch.no_grad()
     def step(self, oracles: Oracles, state: KKTState) -> KKTState:
@@ -156,7 +158,9 @@ class KKT(Solver[KKTState]):
             status=Status.CONVERGED,
         )
         x, y = parts.x.clone(), parts.y.clone()
-        return KKTState(x, y, state.step + 1, ends, state.relaxation * self.shrink, report, metrics)
+        return KKTState(
+            x, y, state.step + 1, ends, state.relaxation * self.shrink, _multipliers(system, best), report, metrics
+        )
 
     def backtracked(self, factor: float) -> KKT:
         """Return this solver: it has no step length."""
@@ -258,6 +262,12 @@ class KKT(Solver[KKTState]):
             if found.success:
                 best = torch.minimum(best, torch.as_tensor(found.fun, dtype=y.dtype, device=y.device))
         return system.lower(x, y) - best
+
+
+def _multipliers(system: KKTSystem, v: Tensor) -> Tensor:
+    """Return those of c and h, without those of bounds."""
+    parts = system.split(v)
+    return torch.cat([parts.constraint, parts.equality])
 
 
 def _best(values: Tensor, violations: Tensor) -> int:
