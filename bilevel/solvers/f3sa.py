@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, SGD, Optimizer
+from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
@@ -69,7 +69,8 @@ class F3SA(Solver[F3SAState]):
     `lower_steps=1`, bit for bit.
 
     Args:
-        upper: optimizer of x; `SGD(τ)` is the paper's. With one lower step for each upper one τ must be small.
+        upper: optimizer of x; `SGD(τ)` is the paper's. With one lower step for each upper one τ must be small; Adam's
+            steps must shrink.
         penalty: λ > 0; a number, or a schedule of the step.
         lower_lr: γ > 0, a number, or a schedule of the step. It must be below `2 / (curvature of g + f / λ)`; that
             curvature is measured at the start and followed, and longer steps are cut. None: 0.8 / that curvature.
@@ -103,7 +104,7 @@ class F3SA(Solver[F3SAState]):
     needs_hvp: ClassVar[bool] = False
     contract_steps: ClassVar[int] = 1000
 
-    upper: Optimizer[Any] = field(default_factory=lambda: SGD(lr=0.01))
+    upper: Optimizer[Any] = field(default_factory=lambda: Adam(Power(0.05, -1.0, offset=100.0)))
     penalty: Schedule = field(default_factory=lambda: Power(10.0, 1 / 3, limit=1e3))
     lower_lr: Schedule | None = None
     renewal: Schedule = field(default_factory=lambda: Power(1.0, -0.8, offset=100.0))
@@ -111,7 +112,7 @@ class F3SA(Solver[F3SAState]):
 
     def __post_init__(self) -> None:
         if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.01), got {self.upper!r}.")
+            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.05), got {self.upper!r}.")
         check_schedule("penalty", self.penalty)
         check_schedule("renewal", self.renewal)
         if not callable(self.renewal) and self.renewal > 1:
