@@ -76,9 +76,9 @@ class VPBGD(Solver[VPBGDState]):
         Per step: `lower_steps` + 2 gradients of g, one of f. A measurement: 176 gradients.
 
     Notes:
-        Metrics: `stationarity` is the norm of the projected gradient of the penalized function in (x, y); g is seen
-        at y, where its gradient is of the order 1 / penalty at best. The lower batch of a step's last step on z also
-        serves the gap, at y and at z.
+        Metrics: `stationarity` is the norm of the projected gradients of the penalized function in (x, y) and of g at
+        z; else g is seen at y, where its gradient is of the order 1 / penalty at best. The lower batch of a step's
+        last step on z also serves the gap, at y and at z.
 
     References:
         Shen, Chen, "On penalty-based bilevel gradient descent method", ICML 2023, arXiv 2302.05185 (V-PBGD).
@@ -154,7 +154,8 @@ class VPBGD(Solver[VPBGDState]):
         d_x = gap.direction(penalty)
         d_y = gap.upper.y + penalty * gap.lower.y
 
-        moved_x, moved_y = x - oracles.project_x(x - d_x), y - oracles.project_y(y - d_y)
+        at_z = gap.value.y
+        moves = (x - oracles.project_x(x - d_x), y - oracles.project_y(y - d_y), z - oracles.project_y(z - at_z))
         missing = torch.full_like(gap.upper.value, nan)
         return VPBGDState(
             x=oracles.project_x(x - self.upper_factor * s_x * d_x),
@@ -164,7 +165,7 @@ class VPBGD(Solver[VPBGDState]):
             curvatures=curvatures,
             metrics=Metrics(
                 upper_value=gap.upper.value,
-                stationarity=(moved_x.square().sum() + moved_y.square().sum()).sqrt(),
+                stationarity=torch.cat([move.flatten() for move in moves]).norm(),
                 lower_value=gap.lower.value,
                 lower_gradient_norm=gap.lower.y.norm(),
                 residual=missing,
