@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from bilevel.linearization import gradients, join, leaves_of
 from bilevel.regularizers import Regularizer
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Declared:
     """The declared regularizer at one x: formulas in y, and only its weights are traced."""
 
@@ -21,6 +20,7 @@ class Declared:
     x: Tensor
     x_layout: Layout
     y_layout: Layout
+    _weights: tuple[Tensor, ...] | None = field(default=None, init=False, repr=False)
 
     def gradient_x(self, y: Tensor) -> Tensor:
         """Return dr/dx, `[p]`: only the weights are traced."""
@@ -86,8 +86,10 @@ class Declared:
             coefficients = self.regularizer.coefficients(self.x_layout.nest(xs), self.y_layout)
             return gradients([(self.regularizer.gradient(coefficients, y) * v).sum()], xs)
 
-    @cached_property
+    @property
     def _coefficients(self) -> tuple[Tensor, ...]:
         assert self.regularizer is not None
-        with torch.no_grad():
-            return self.regularizer.coefficients(self.x_layout.unflatten(self.x), self.y_layout)
+        if self._weights is None:  # by hand, since a compiled step cannot hold the lock of a cached_property
+            with torch.no_grad():
+                self._weights = self.regularizer.coefficients(self.x_layout.unflatten(self.x), self.y_layout)
+        return self._weights

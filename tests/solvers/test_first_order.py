@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,11 +146,13 @@ def compiling() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("decay", [None, bilevel.L2(weight=lambda x: x.exp().sum())], ids=["plain", "L2"])
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
-def test_a_whole_step_compiles(solver: Solver[Any], compiling: None) -> None:
+def test_a_whole_step_compiles(solver: Solver[Any], decay: bilevel.L2 | None, compiling: None) -> None:
     """One graph, without a break, that serves every step from the second on, and counts as plain steps do."""
     task = bilevel.problems.quadratic(p=2, d=3)
-    oracles, x, y = open_oracles(task.problem, task.x0, task.y0, needs_hvp=False)
+    problem = replace(task.problem, regularizer=decay)
+    oracles, x, y = open_oracles(problem, task.x0, task.y0, needs_hvp=False)
     assert not oracles.random_levels
     plain = [solver.init(oracles, x, y)]
     before = oracles.counts
