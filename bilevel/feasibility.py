@@ -19,6 +19,7 @@ CONVENTION = {
     "constraint": "constraint(x, y, batch) returns one tensor [q], an entry for each inequality, feasible where <= 0",
     "equality": "equality(x, y, batch) returns one tensor [r], an entry for each equation, feasible where = 0",
 }
+PATIENCE = 64
 SUSPICIOUS = 3.0
 """Multipliers that add up to this many times their joint pull on y are looked at closely."""
 VANISHING = 1e-3
@@ -100,6 +101,11 @@ def restored(
     return x, y, rows
 
 
+def due(step: int, touched: Tensor) -> bool:
+    """Return whether to look at multipliers closely: at steps 64, 128, 256... and where one meets its bound."""
+    return int(touched) == step or (step >= PATIENCE and step & (step - 1) == 0)
+
+
 def inspect_multipliers(oracles: Oracles, x: Tensor, y: Tensor, multiplier: Tensor, scale: Scale, step: int) -> None:
     """Raise where multipliers run away: because the lower level is empty at x, or for want of a qualification.
 
@@ -127,7 +133,7 @@ def inspect_multipliers(oracles: Oracles, x: Tensor, y: Tensor, multiplier: Tens
         return
     _, near, rows = restored(oracles, x, y, step=step)
     if _missed(rows, near):
-        raise _infeasible(rows, rows, f"at the x of step {step}")
+        raise _infeasible(rows, None, f"at the x of step {step}")
     held = _held(multiplier, rows.value, norms, inequalities)
     pull = constraint_terms(oracles, x, near, held, inequalities, step).y.norm()
     size = (held.abs() * norms).sum()
@@ -174,7 +180,7 @@ def _missed(rows: Rows, y: Tensor) -> bool:
     return bool((violation(rows.value, rows.inequalities).abs() > tolerance).any())
 
 
-def _infeasible(rows: Rows, begin: Rows, where: str) -> Infeasible:
+def _infeasible(rows: Rows, begin: Rows | None, where: str) -> Infeasible:
     amounts = violation(rows.value, rows.inequalities).abs()
     count = amounts.shape[-1]
     flat = int(amounts.argmax())
@@ -183,7 +189,7 @@ def _infeasible(rows: Rows, begin: Rows, where: str) -> Infeasible:
     block = f" of block {flat // count}" if amounts.dim() > 1 else ""
     flipped = (
         " At the start all entries are >= 0: was c >= 0 meant? Then return -c."
-        if rows.inequalities and bool((begin.value[..., : rows.inequalities] >= 0).all())
+        if begin is not None and rows.inequalities and bool((begin.value[..., : rows.inequalities] >= 0).all())
         else ""
     )
     return Infeasible(

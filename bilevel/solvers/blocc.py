@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.feasibility import inspect_multipliers, warn_at_bound
+from bilevel.feasibility import due, inspect_multipliers, warn_at_bound
 from bilevel.moreau import check_runaway
 from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers import LBFGS, Adam, Optimizer
@@ -204,15 +204,15 @@ class BLOCC(Solver[BLOCCState]):
     def inspect(self, oracles: Oracles, state: BLOCCState) -> None:
         """Warn where a multiplier touches its bound; raise where iterates or multipliers run away.
 
-        Multipliers are looked at closely at steps 64, 128, 256...
+        Multipliers are looked at closely at steps 64, 128, 256... and where one meets its bound.
         """
         check_runaway(
             state.size, state.step, "lower lower_lr and multiplier_lr; g must be strongly convex in y.",
             x=state.x, y=state.y, relaxed=state.relaxed.y, multiplier=state.multiplier,
         )  # fmt: skip
-        warn_at_bound(state.touched, state.step, self.bound, "BLOCC(bound=...)")
-        if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:
+        if state.multiplier.numel() and due(state.step, state.touched):
             inspect_multipliers(oracles, state.x, state.y, state.multiplier, state.scale, state.step - 1)
+        warn_at_bound(state.touched, state.step, self.bound, "BLOCC(bound=...)")
 
     def backtracked(self, factor: float) -> BLOCC:
         """Return this solver with upper steps `factor` times as long."""

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.feasibility import inspect_multipliers
 from bilevel.kkt_system import KKTSystem, Vector
+from bilevel.multipliers import Scale
 from bilevel.oracles import Oracles
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
@@ -44,6 +46,7 @@ class KKTState(NamedTuple):
         starts: one vector of all unknowns for each start `[k, n]`.
         relaxation: complementarity holds up to this: `slack * multiplier <= relaxation`.
         multiplier: of c then of h at (x, y), `[q + r]`, in the user's units; see `bilevel.conditions`.
+        scale: of the constraints.
         report: how far the answer can be trusted, None before the first step.
         metrics: what the last step saw.
     """
@@ -54,6 +57,7 @@ class KKTState(NamedTuple):
     starts: Tensor
     relaxation: float
     multiplier: Tensor
+    scale: Scale
     report: KKTReport | None
     metrics: Metrics | None
 
@@ -66,7 +70,8 @@ class KKT(Solver[KKTState]):
 
     Each step solves this with a tenth (then a hundredth...) of the last eps, from each of several starts; once eps is
     small, the active constraints are read off and made equalities. Exact where the lower level is convex in y and a
-    constraint qualification holds; where it is not convex, `report.lower_gap` tells stationary points from minima.
+    constraint qualification holds: where multipliers run away, it ends with CQ_FAILURE. Where the lower level is not
+    convex, `report.lower_gap` tells stationary points from minima.
 
     Args:
         starts: how many starts; the first is the user's, the others are drawn around it.
@@ -127,13 +132,13 @@ class KKT(Solver[KKTState]):
             raise InvalidProblem(
                 f"KKT needs float64 variables and data, got {x.dtype}; SciPy's steps are too fine for it."
             )
-        system = KKTSystem(oracles, x, y)
+        system, scale = KKTSystem(oracles, x, y), Scale.measure(oracles, x, y)
         generator = torch.Generator().manual_seed(self.seed)
         first = torch.cat([x, y, x.new_zeros(system.size - len(x) - len(y))])
         noise = self.spread * torch.randn(self.starts, len(first), generator=generator, dtype=x.dtype).to(x.device)
         noise[0] = 0.0
         noise[:, len(x) + len(y) :] = 0.0
-        return KKTState(x, y, 0, first + noise, self.relaxation, _multipliers(system, first), None, None)
+        return KKTState(x, y, 0, first + noise, self.relaxation, _multipliers(system, first), scale, None, None)
 
     @torch.no_grad()
     def step(self, oracles: Oracles, state: KKTState) -> KKTState:
@@ -158,9 +163,18 @@ class KKT(Solver[KKTState]):
             status=Status.CONVERGED,
         )
         x, y = parts.x.clone(), parts.y.clone()
-        return KKTState(
-            x, y, state.step + 1, ends, state.relaxation * self.shrink, _multipliers(system, best), report, metrics
-        )
+        return state._replace(
+            x=x, y=y, step=state.step + 1, starts=ends, relaxation=state.relaxation * self.shrink,
+            multiplier=_multipliers(system, best), report=report, metrics=metrics,
+        )  # fmt: skip
+
+    def inspect(self, oracles: Oracles, state: KKTState) -> None:
+        """Raise where the multipliers run away: then the conditions that are solved need not hold at solutions.
+
+        Not at the first step, so that there is a point to end with.
+        """
+        if state.multiplier.numel() and state.step > 1:
+            inspect_multipliers(oracles, state.x, state.y, state.multiplier, state.scale, state.step - 1)
 
     def backtracked(self, factor: float) -> KKT:
         """Return this solver: it has no step length."""

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.feasibility import inspect_multipliers, warn_at_bound
+from bilevel.feasibility import due, inspect_multipliers, warn_at_bound
 from bilevel.moreau import FLAT, SAFE, Curvatures, check_lr, check_runaway
 from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers._base import at
@@ -190,7 +190,7 @@ class LVHBA(Solver[LVHBAState]):
     def inspect(self, oracles: Oracles, state: LVHBAState) -> None:
         """Warn where a multiplier touches its bound; raise where iterates or multipliers run away.
 
-        Multipliers are looked at closely at steps 64, 128, 256...
+        Multipliers are looked at closely at steps 64, 128, 256... and where one meets its bound.
         """
         advice = (
             "lower gamma, lr and upper_lr, or leave them None: with a large gamma θ and λ rotate, and spiral outward."
@@ -204,9 +204,9 @@ class LVHBA(Solver[LVHBAState]):
             theta=state.theta,
             multiplier=state.multiplier,
         )
-        warn_at_bound(state.touched, state.step, self.bound, "LVHBA(bound=...)")
-        if state.multiplier.numel() and state.step >= 64 and state.step & (state.step - 1) == 0:
+        if state.multiplier.numel() and due(state.step, state.touched):
             inspect_multipliers(oracles, state.x, state.y, state.multiplier, state.scale, state.step - 1)
+        warn_at_bound(state.touched, state.step, self.bound, "LVHBA(bound=...)")
 
     def backtracked(self, factor: float) -> LVHBA:
         """Return this solver with upper steps `factor` times as long."""
