@@ -18,6 +18,11 @@ from bilevel.penalty import Schedule, check_schedule
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem, Status
 
+FLATTEST = 1e-6
+"""Curvature of g up to which it counts as linear."""
+LINEAR = 1e-3
+"""What then stands for it in γ."""
+
 
 class LVHBAState(NamedTuple):
     """Where LV-HBA stands.
@@ -62,7 +67,7 @@ class LVHBA(Solver[LVHBAState]):
 
     with the new θ and λ in the last two lines. Equations h are treated like c, with multipliers of either sign in
     [-r, r]. g and c are convex in y (g need not have a unique minimizer) and smooth. Constraints are scaled so that
-    their gradients in y have length 1 at the start; γ', η and β refer to that scale.
+    their gradients in y are as long at the start as g is curved; γ', η and β refer to that scale.
 
     Args:
         gamma: γ > 0, in units of 1 / (curvature of g). With a large one θ and λ nearly rotate, and lr must be tiny.
@@ -146,7 +151,7 @@ class LVHBA(Solver[LVHBAState]):
     def step(self, oracles: Oracles, state: LVHBAState) -> LVHBAState:
         """Return the state after one step of θ and λ, then of x, y and z."""
         x, y, k, q = state.x, state.y, state.step, state.scale.inequalities
-        z, norms, penalty = state.tracker, state.scale.norms, at(self.penalty, None, k)
+        z, norms, penalty = state.tracker, state.scale.norms / _stretch(state), at(self.penalty, None, k)
         gamma, dual_gamma = self._gammas(state)
         lr, upper_lr, tracker_lr = self._rates(state, penalty)
 
@@ -215,7 +220,8 @@ class LVHBA(Solver[LVHBAState]):
     def _gammas(self, state: LVHBAState) -> tuple[Tensor, Tensor]:
         like = state.curvature.lower
         width = FLAT if state.multiplier.shape[-1] == 0 else 1.0
-        gamma = width / like.clamp_min(1e-3) if self.gamma is None else torch.full_like(like, self.gamma)
+        measured = width / torch.where(like > FLATTEST, like, torch.full_like(like, LINEAR))
+        gamma = measured if self.gamma is None else torch.full_like(like, self.gamma)
         return gamma, gamma if self.multiplier_gamma is None else torch.full_like(like, self.multiplier_gamma)
 
     def _limit(self, state: LVHBAState) -> Tensor:
@@ -224,7 +230,7 @@ class LVHBA(Solver[LVHBAState]):
         least = torch.minimum(1 / gamma, 1 / dual_gamma)
         bent = state.scale.curvature(state.multiplier)
         most = torch.maximum(state.curvature.lower + bent + 1 / gamma, 1 / dual_gamma)
-        square = state.scale.coupling.square()
+        square = (_stretch(state) * state.scale.coupling).square()
         return torch.minimum(2 * least / (least.square() + square), 2 * most / (most.square() + square))
 
     def _rates(self, state: LVHBAState, penalty: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,3 +247,9 @@ class LVHBA(Solver[LVHBAState]):
         check_lr("lr", self.lr, 2 / self._limit(state))
         check_lr("upper_lr", self.upper_lr, state.curvature.joint + state.curvature.upper / at(self.penalty, None, 0))
         check_lr("tracker_lr", self.tracker_lr, 1 / self._gammas(state)[1])
+
+
+def _stretch(state: LVHBAState) -> Tensor:
+    """Return the length to which gradients of constraints are scaled: the curvature of g, so that units drop out."""
+    lower = state.curvature.lower
+    return torch.where(lower > FLATTEST, lower, torch.ones_like(lower))

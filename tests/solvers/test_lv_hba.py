@@ -166,6 +166,20 @@ def test_multipliers_are_found_in_the_units_of_the_user() -> None:
     assert float(one.state.multiplier) == pytest.approx(2.5, abs=0.05)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_units_of_the_objectives_change_nothing(scale: float) -> None:
+    """Both objectives multiplied: the same iterates, the multipliers multiplied."""
+    task = toys.ineq()
+    scaled = replace(
+        task.problem,
+        upper=lambda x, y, b: scale * task.problem.upper(x, y, b),
+        lower=lambda x, y, b: scale * task.problem.lower(x, y, b),
+    )
+    one, other = (bilevel.solve(p, LVHBA(bound=1e6), task.x0, task.y0, steps=200) for p in (task.problem, scaled))
+    torch.testing.assert_close(one.x, other.x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scale * one.state.multiplier, other.state.multiplier, rtol=1e-6, atol=0.0)
+
+
 def test_equations_have_multipliers_of_either_sign() -> None:
     """The equation 1^T (x + y1 + y2) / sqrt(3 n) = 0 of `llc` has the multiplier -sqrt(3 n), and its negative +."""
     task = toys.llc()
