@@ -109,7 +109,9 @@ def conditions(
     moved = flat_y - slope if smooth else declared.prox(flat_y - slope, 1.0)
     outside = (flat_y - oracles.project_y(flat_y)).norm()
     inequality = weights[..., :q]
-    slackness = torch.cat([(inequality * terms.value[..., :q]).abs().flatten(), -inequality.flatten()])
+    slackness = torch.cat(
+        [(inequality * terms.value[..., :q]).abs().flatten(), inequality.clamp_max(0).abs().flatten()]
+    )
     zero = flat_y.new_zeros(1)
     return Conditions(
         constraint=terms.value[..., :q],

@@ -36,7 +36,8 @@ def svm_primal(
     standardized on the training data. y is `{"weight": [3], "bias": [], "slack": [samples]}`. The constraints couple
     both levels; their gradients are always independent, thanks to u, so multipliers are unique: they are u itself.
 
-    Small enough for `KKT`. `LVHBA(penalty=Power(0.1, 0.49), lr=0.2, upper_lr=0.35)` agrees with it after 3,000 steps.
+    Small enough for `KKT`. `LVHBA(penalty=Power(0.1, 0.49), lr=0.2, upper_lr=0.3)` agrees with it after 3,000
+    steps, `BLOCC()` after 600.
 
     Args:
         seed: of the split.
