@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, TypeAlias
 
@@ -32,6 +33,8 @@ def named_leaves(variables: Variables, prefix: str = "") -> Iterator[tuple[str, 
 
 def rebuild(like: Variables, leaves: Iterator[Any]) -> Variables:
     """Return the structure of `like` with its leaves replaced, in order, by `leaves`."""
+    if isinstance(like, int | Tensor):  # most are, and to ask for abstract types is slow
+        return next(leaves)
     if isinstance(like, Mapping):
         return {key: rebuild(child, leaves) for key, child in like.items()}
     if isinstance(like, Sequence) and not isinstance(like, str | bytes):
@@ -97,7 +100,7 @@ class Layout:
             leaf_dtype=first.dtype if first.dtype in HALF else None,
         )
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each leaf (of one block)."""
         return tuple(prod(shape) for shape in self.shapes)
@@ -132,14 +135,14 @@ class Layout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return the leaves as views of `flat` (`[..., d]`), shapes `[..., *shape]`."""
-        leaves = torch.split(flat, list(self.sizes), dim=-1) if len(self.sizes) > 1 else (flat,)
+        leaves = flat.split_with_sizes(self.sizes, dim=-1) if len(self.sizes) > 1 else (flat,)
         lead = flat.shape[:-1]
         return [leaf.view(lead + shape) for leaf, shape in zip(leaves, self.shapes, strict=True)]
 
     def concat(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return leaves `[..., *shape]` as one vector `[..., d]`; the inverse of `views`."""
         rows = [
-            leaf.reshape(*leaf.shape[: leaf.dim() - len(shape)], -1)
+            leaf if len(shape) == 1 else leaf.reshape(*leaf.shape[: leaf.dim() - len(shape)], -1)
             for leaf, shape in zip(leaves, self.shapes, strict=True)
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)

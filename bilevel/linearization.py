@@ -24,6 +24,7 @@ Evaluate: TypeAlias = Callable[[Leaves, Leaves], Tensor]
 
 def leaves_of(layout: Layout, flat: Tensor, *, requires_grad: bool = True) -> list[Tensor]:
     """Return the leaves as detached views of `flat`, with respect to which there is no graph of the split."""
+    # Each by itself: of leaves that are views of one detached vector, compiled objectives lose the second derivative.
     return [leaf.detach().requires_grad_(requires_grad) for leaf in layout.views(flat)]
 
 
@@ -38,8 +39,11 @@ def gradients(outputs: Leaves, inputs: Leaves, weights: Leaves | None = None, **
 
 def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> Tensor:
     """Concatenate leaves into one flat vector, with zeros for those that are None."""
+    present = [leaf for leaf in leaves if leaf is not None]
+    if len(present) == len(leaves):
+        return layout.concat(present).detach()
     rows = () if layout.blocks is None else (layout.blocks,)
-    if all(leaf is None for leaf in leaves):
+    if not present:
         return like.new_zeros((*lead, *rows, layout.size))
     filled = [
         like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -80,7 +80,8 @@ class Oracles:
     Attributes:
         counts: calls made so far.
         lower_leaves: indices of the leaves of x that the dry run found in the lower objective.
-        random_levels: levels whose objective has drawn random numbers so far, in the dry run or since.
+        random_levels: levels whose objective has drawn random numbers so far, in the dry run or since; only they are
+            seeded.
     """
 
     def __init__(
@@ -94,9 +95,10 @@ class Oracles:
         self.random_levels: set[Level] = set()
         self._idle: dict[int, int] = {}
 
-    def count(self, **calls: int) -> None:
+    def count(self, values: int = 0, gradients: int = 0, hvps: int = 0, crosses: int = 0) -> None:
         """Add to the counts."""
-        self.counts = Counts(*(n + calls.get(name, 0) for name, n in self.counts._asdict().items()))
+        old = self.counts
+        self.counts = Counts(old[0] + values, old[1] + gradients, old[2] + hvps, old[3] + crosses)
 
     def watch(self, crosses: Sequence[Tensor | None]) -> None:
         """Warn once of a leaf of x that is one of `lower_leaves`, but that many cross products in a row lack."""
@@ -170,7 +172,7 @@ class Oracles:
             value = self._evaluate("lower", step, xs, ys)
             found = gradients([value], ys)
         gradient = join(self.y_layout, found, (), y)
-        if not declared:
+        if not declared or self.problem.regularizer is None:
             return value.detach(), gradient
         term = self.declared(x)
         return value.detach() + term.value(y), term.add_gradient(gradient, y)
@@ -184,7 +186,7 @@ class Oracles:
             found = gradients([value], [*xs, *ys])
         in_x = join(self.x_layout, found[: len(xs)], (), x)
         in_y = join(self.y_layout, found[len(xs) :], (), y)
-        if not declared:
+        if not declared or self.problem.regularizer is None:
             return LowerGradient(value.detach(), in_x, in_y)
         term = self.declared(x)
         total = value.detach() + term.value(y)
@@ -260,16 +262,6 @@ class Oracles:
     def _seed(self, *of: str | int) -> int:
         return hash((self.seed, *(part == "upper" if isinstance(part, str) else part for part in of))) & (2**63 - 1)
 
-    def _random_state(self, level: Level, step: int) -> AbstractContextManager[None]:
-        """Seed the random state for one call; not in a compiled step, unless the objective has been seen to draw.
-
-        A compiled graph cannot hold the seeding: an objective that draws breaks the graph there, and stays seeded.
-        """
-        if torch.compiler.is_compiling() and level not in self.random_levels:
-            return nullcontext()
-        on_draw = None if level in self.random_levels else lambda: self.random_levels.add(level)
-        return random_state(self._seed(level, step), self.x_layout.device, on_draw)
-
     def _evaluate(self, level: Level, step: int, xs: Leaves, ys: Leaves, rows: slice | None = None) -> Tensor:
         value = self.call(level, step, xs, ys, rows)
         if self.problem.blocks is None:
@@ -288,8 +280,9 @@ class Oracles:
         if rows is not None:
             cut = (leaf[rows] if isinstance(leaf, Tensor) else leaf for _, leaf in named_leaves(batch))
             batch = rebuild(batch, cut)
-        x = self.x_layout.nest(xs)
-        with self._random_state(level, step):
+        x, device = self.x_layout.nest(xs), self.x_layout.device
+
+        def run() -> Tensor:
             if self.problem.blocks is None:
                 value: Tensor = objective(x, self.y_layout.nest(ys), batch)
                 return value
@@ -299,6 +292,15 @@ class Oracles:
                 randomness="different",
             )(list(ys), batch)
             return each
+
+        if level not in self.random_levels:
+            # A compiled graph cannot look: an objective that the dry run saw draw breaks the graph below.
+            value, drew = (run(), False) if torch.compiler.is_compiling() else watched(run, device)
+            if not drew:
+                return value
+            self.random_levels.add(level)
+        with random_state(self._seed(level, step), device):
+            return run()
 
 
 class Linearization:
@@ -353,27 +355,39 @@ class Linearization:
 
 
 @contextmanager
-def random_state(seed: int, device: torch.device, on_draw: Callable[[], object] | None = None) -> Iterator[None]:
-    """Run with torch's random state seeded on the CPU and `device`, and put the user's back afterwards.
-
-    `on_draw` is called at the end if random numbers were drawn.
-    """
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generators.append(torch.cuda.default_generators[index])
+def random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Run with torch's random state seeded on the CPU and `device`, and put the user's back afterwards."""
+    generators = _generators(device)
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:
             generator.manual_seed(seed)
-        seeded = [generator.get_state() for generator in generators]
         yield
-        if on_draw and any(not torch.equal(a.get_state(), b) for a, b in zip(generators, seeded, strict=True)):
-            on_draw()
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def watched(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, bool]:
+    """Return `run()` and whether it drew random numbers; if so the user's are put back. Cheaper than seeding."""
+    generators, drew = _generators(device), False
+    states = [generator.get_state() for generator in generators]
+    try:
+        value = run()
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                drew = True
+                generator.set_state(state)
+    return value, drew
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    if device.type != "cuda":
+        return [torch.default_generator]
+    torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
