@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel.joint import coupling, joint_smoothness
+from bilevel.joint import coupling, joint_smoothness, natural_unit
 from bilevel.smoothness import smoothness
 
 
@@ -43,3 +43,28 @@ def test_a_start_of_signs_would_miss_the_diagonal() -> None:
     one = torch.zeros(1, dtype=torch.float64)
     assert float(joint_smoothness(lambda x, y: (2 * (x + y), 2 * (x + y)), one, one)) == pytest.approx(4.0)
     assert float(smoothness(lambda v: 2 * v.sum().expand(2), torch.zeros(2, dtype=torch.float64))) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e3])
+def test_natural_unit_follows_the_units_of_x(factor: float) -> None:
+    full, x, y = quadratic()
+    full[:3, :3] *= 0.01  # little curvature in x alone: the coupling decides
+
+    def gradients(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        both = full @ torch.cat([factor * x, y])
+        return factor * both[:3], both[3:]
+
+    below = float(torch.linalg.eigvalsh(full[3:, 3:]).abs().max())
+    across = float(torch.linalg.svdvals(full[:3, 3:])[0])
+    unit = natural_unit(gradients, x / factor, y)
+    assert float(unit) == pytest.approx(below / (2**0.5 * across) / factor, rel=1e-4)
+    scaled = joint_smoothness(gradients, x / factor, y, unit=unit)
+    plain = joint_smoothness(gradients, x / factor, y, unit=1 / factor)
+    assert float(scaled) < 2 * below
+    assert float(plain) == pytest.approx(float(torch.linalg.eigvalsh(full).abs().max()), rel=1e-4)
+
+
+def test_natural_unit_where_x_is_curved_or_alone() -> None:
+    zero = torch.zeros(2, dtype=torch.float64)
+    assert float(natural_unit(lambda x, y: (25 * x + 0.1 * y, y + 0.1 * x), zero, zero)) == pytest.approx(0.2, rel=1e-3)
+    assert float(natural_unit(lambda x, y: (0 * x, y), zero, zero)) == 1.0

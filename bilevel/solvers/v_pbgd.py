@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.joint import joint_smoothness
+from bilevel.joint import joint_smoothness, natural_unit
 from bilevel.optimizers._base import at
 from bilevel.oracles import Oracles
 from bilevel.penalty import Gap, Schedule, check_schedule
@@ -26,11 +26,12 @@ RESPONSE = 10
 
 
 class Curvatures(NamedTuple):
-    """Largest curvatures where they were measured: of f in (x, y), of the gap in (x, y), of g in y."""
+    """Largest curvatures where they were measured: of f and of the gap in (x / unit, y), of g in y; and that unit."""
 
     upper: Tensor
     gap: Tensor
     lower: Tensor
+    unit: Tensor
 
 
 class VPBGDState(NamedTuple):
@@ -65,15 +66,15 @@ class VPBGD(Solver[VPBGDState]):
     Args:
         penalty: γ > 0; a number, or a schedule of the step (the authors' code lets it grow linearly).
         lower_steps: >= 1, steps on z before each step of x and y.
-        lr: > 0; x and y take steps of `lr / (1 + penalty)`. None takes 1.2 / (curvature of the penalized function),
-            measured.
+        lr: > 0; x and y take steps of `lr / (1 + penalty)`. None takes 1.2 / (curvature of the penalized function) in
+            y, and that times the square of x's natural unit in x, both measured.
         upper_lr: > 0, for x alone; None takes `lr`.
         lower_lr: > 0, of z; None takes 0.8 / (curvature of g), measured.
         upper_factor: > 0, multiplies x's step, measured or not.
         measure_every: measure curvatures again after so many steps; 0 never.
 
     Cost:
-        Per step: `lower_steps` + 2 gradients of g, one of f. A measurement: 176 gradients.
+        Per step: `lower_steps` + 2 gradients of g, one of f. A measurement: 240 gradients.
 
     Notes:
         Metrics: `stationarity` is the norm of the projected gradients of the penalized function in (x, y) and of g at
@@ -145,7 +146,7 @@ class VPBGD(Solver[VPBGDState]):
         penalty = at(self.penalty, None, k)
         safe = JOINT / (curvatures.upper + penalty * curvatures.gap)
         s_y = safe if self.lr is None else self.lr / (1 + penalty)
-        s_x = s_y if self.upper_lr is None else self.upper_lr / (1 + penalty)
+        s_x = s_y * curvatures.unit.square() if self.upper_lr is None else self.upper_lr / (1 + penalty)
         s_z = SAFE / curvatures.lower if self.lower_lr is None else self.lower_lr
 
         for j in range(first, last + 1):
@@ -182,6 +183,13 @@ class VPBGD(Solver[VPBGDState]):
         """Measure, by differences of gradients on the batches of step k."""
         last, tiny = (k + 1) * self.lower_steps - 1, torch.finfo(y.dtype).eps
         lower = smoothness(lambda v: oracles.lower_gradient(x, v, last)[1], z).clamp_min(tiny)
+        penalty = at(self.penalty, None, k)
+
+        def both(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            f, g = oracles.upper_gradient(u, v, k), oracles.lower_gradients(u, v, last)
+            return g.x + f.x / penalty, g.y + f.y / penalty
+
+        unit = natural_unit(both, x, y) if self.lr is None else torch.ones_like(lower)
 
         def gap(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             follower = z
@@ -190,5 +198,5 @@ class VPBGD(Solver[VPBGDState]):
             at_y = oracles.lower_gradients(u, v, last)
             return at_y.x - oracles.lower_gradients(u, follower, last).x, at_y.y
 
-        upper = joint_smoothness(lambda u, v: oracles.upper_gradient(u, v, k)[1:], x, y)
-        return Curvatures(upper, joint_smoothness(gap, x, y, steps=6).clamp_min(tiny), lower)
+        upper = joint_smoothness(lambda u, v: oracles.upper_gradient(u, v, k)[1:], x, y, unit=unit)
+        return Curvatures(upper, joint_smoothness(gap, x, y, steps=6, unit=unit).clamp_min(tiny), lower, unit)
