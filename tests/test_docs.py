@@ -132,6 +132,11 @@ def stay() -> bilevel.HypergradientDescent:
     return bilevel.implicit(lower=bilevel.SGD(0.0), lower_steps=1)
 
 
+def held(constraint: Any, solver: Any = None, **parts: Any) -> bilevel.Solution:
+    """Solve a small problem whose lower level has a constraint."""
+    return solve(solver=solver or bilevel.BLOCC(), constraint=constraint, **parts)
+
+
 VIEW = torch.ones(3)
 FAULTS: dict[str, Callable[[], Any]] = {
     "passed data without a source": lambda: solve(upper_data=(torch.ones(2), torch.ones(2))),
@@ -173,6 +178,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "stated a lower set": lambda: solve(lower_set=bilevel.NonNegative()),
     "stated a lower constraint": lambda: solve(constraint=lambda x, y, batch: y.reshape(1)),
     "stated a lower term with kinks": lambda: solve(regularizer=bilevel.ElasticNet(0.1, 0.1)),
+    "reduced a constraint to one number": lambda: solve(solver=bilevel.BLOCC(), constraint=lambda x, y, batch: y - x),
+    "stated constraints that no y satisfies": lambda: held(lambda x, y, batch: y.square().reshape(1) + 1),
+    "gave LVHBA nothing to project with": lambda: held(lambda x, y, batch: (y - x).reshape(1), bilevel.LVHBA()),
     "passed a solver without calling it": lambda: solve(solver=bilevel.implicit),
     "a value becomes NaN": lambda: solve(
         upper=lambda x, y, batch: y.square() + x.sqrt(), steps=5, solver=bilevel.implicit(upper=bilevel.SGD(10.0))
@@ -185,6 +193,10 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "a step of one's own loop meets a saddle": lambda: bilevel.hypergradient(
         bilevel.Problem(upper=lambda x, y, batch: y.square().sum(), lower=saddle), ONE, torch.ones(2)
     ),
+    "the lower level is empty at an x": lambda: held(
+        lambda x, y, batch: torch.stack([y + x - 2, -y]), steps=64, upper=lambda x, y, batch: (x - 9).square() + 0 * y
+    ),
+    "an equation is stated as its square": lambda: held(lambda x, y, batch: (y - 2 * x).square().reshape(1), steps=64),
     "resumes with variables of another shape": resumed,
     "loads the state of another session": loaded,
     "let x act through round or argmax": lambda: solve(lower=lambda x, y, batch: (y - x.round()).square()),
@@ -192,6 +204,12 @@ FAULTS: dict[str, Callable[[], Any]] = {
         lower=lambda x, y, batch: (y - x * torch.ones(1).double()).square().sum()
     ),
     "used half precision": lambda: solve(ONE.half(), ONE.half()),
+    "bounded multipliers too tightly": lambda: held(
+        lambda x, y, batch: (y + x).reshape(1), bilevel.BLOCC(bound=0.1), steps=5
+    ),
+    "started at an x without feasible y": lambda: held(
+        lambda x, y, batch: (x - y).reshape(1), x0=3 * ONE, lower_set=bilevel.Box(0.0, 1.0)
+    ),
     "used an operation without a second derivative": lambda: solve(lower=once),
 }
 ROWS = table("errors.md", "You did") + table("errors.md", "What happens")

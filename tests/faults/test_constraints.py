@@ -138,6 +138,13 @@ def test_row_46_squares_of_equations(name: str) -> None:
     assert "Restate the constraints (no squares of equations" in solution.message
 
 
+def test_row_46_in_single_precision() -> None:
+    """There the square of 1e-3 is 0 up to rounding."""
+    solution = bilevel.solve(squared(), BLOCC(), torch.zeros(1), torch.zeros(1), steps=64)
+    assert solution.status is Status.CQ_FAILURE
+    assert "cancel or vanish there" in solution.message
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_row_46_restating_the_equation_is_the_advice_that_helps(name: str) -> None:
     row = JointPolyhedron(doubles(-1.0)[:, None], doubles(1.0)[:, None], doubles(0.0), torch.tensor([True]))
