@@ -27,6 +27,7 @@ from bilevel import (
     Status,
     hypergradient,
 )
+from bilevel.problems import toys
 
 
 def doubles(*numbers: float) -> Tensor:
@@ -232,6 +233,37 @@ def test_row_42_lower_level_short_of_its_solution_is_measured() -> None:
     assert error <= float(near.certificate.error_estimate) <= 5 * error
     assert float(exact.certificate.error_estimate) < 1e-9
     assert float(near.certificate.lower_gradient_norm) > 1e6 * float(exact.certificate.lower_gradient_norm)
+
+
+@pytest.mark.parametrize("linear", [CG(), Dense(), MINRES()], ids=["cg", "dense", "minres"])
+def test_row_43_several_lower_solutions_that_f_tells_apart(linear: LinearSolver) -> None:
+    """g = ‖y1‖² / 2 - x y1 leaves y2 free, and f wants y2 = x: y*(x) is a set, and F has no derivative through it."""
+    task = toys.mc()
+    solution = bilevel.solve(task.problem, bilevel.implicit(linear=linear), task.x0, task.y0, steps=20)
+    assert solution.status is Status.SINGULAR
+    assert not solution.status.ok
+    assert re.search(r"if the lower level has several solutions, BAMM or MEHA find the one", solution.message)
+    with pytest.raises(LinearSolveFailed, match="several solutions"):
+        hypergradient(task.problem, task.x0 + 0.5, task.y0, estimator=Implicit(linear=linear))
+
+
+@pytest.mark.parametrize("solver", [bilevel.BAMM(), bilevel.MEHA()], ids=["BAMM", "MEHA"])
+def test_row_43_the_advice_finds_the_best_of_them(solver: bilevel.Solver[Any]) -> None:
+    task = toys.mc()
+    solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=500)
+    assert task.x_error(solution.x) < 1e-2  # type: ignore[operator]
+
+
+def test_row_43_several_lower_solutions_that_f_does_not_tell_apart() -> None:
+    """Where f does not see what g leaves free F is smooth, and a dense solve says that the system is singular."""
+    problem, x, _ = diagonal(2.0, 4.0, 0.0, target=doubles(1.0, 1.0, 0.0))
+    both = Problem(upper=lambda x, y, b: problem.upper(x, y, b) - 0.5 * y[2].square(), lower=problem.lower)
+    starts = (doubles(0.0, 0.0, 0.0), doubles(0.0, 0.0, 7.0))
+    found = [hypergradient(both, x, y, estimator=Implicit(linear=Dense())) for y in starts]
+    torch.testing.assert_close(found[0].gradient, found[1].gradient)
+    for each in found:
+        assert each.certificate.status is Status.MINIMUM_NORM
+        assert "others exist" in each.certificate.status.value
 
 
 def test_row_44_infeasible_start_is_projected() -> None:
