@@ -29,7 +29,8 @@ class Status(enum.Enum):
     BREAKDOWN = "the recurrence broke down: the preconditioner or the operator is not symmetric positive definite"
     SINGULAR = (
         "the system is singular and inconsistent: add damping, regularize the lower objective, or use a penalty "
-        "method; if the lower level has several solutions, BAMM or MEHA find the one that is best for the upper objective"
+        "method; if the lower level has several solutions, BAMM or MEHA find the one that is best for the upper "
+        "objective"
     )
     DIVERGED = "diverged: lower the step size below 2 / (largest curvature)"
     NON_FINITE = "a value became infinite or not a number"
