@@ -37,6 +37,13 @@ def stable(momentum: float) -> float:
     return (2 + 2 * momentum) / (1 + 2 * momentum)
 
 
+def moved(point: Tensor, direction: Tensor, length: float | Tensor) -> Tensor:
+    """Return `point + length direction`, in one pass over memory; the length is one number."""
+    if isinstance(length, Tensor):
+        return torch.addcmul(point, direction, length)
+    return torch.add(point, direction, alpha=length)
+
+
 class Curvature(NamedTuple):
     """The largest curvatures in y, from differences of gradients.
 
@@ -69,7 +76,7 @@ class Curvature(NamedTuple):
         One step of the power method, by one difference. Cost: 1 lower gradient.
         """
         reach = torch.finfo(y.dtype).eps ** 0.5 * (1 + y.norm())
-        product = (oracles.lower_gradient(x, y + reach * self.direction, step)[1] - gradient) / reach
+        product = (oracles.lower_gradient(x, moved(y, self.direction, reach), step)[1] - gradient) / reach
         seen = product.norm()
         turned = torch.where(seen > 0, product / seen.clamp_min(torch.finfo(y.dtype).tiny), self.direction)
         return Curvature(torch.maximum(seen, FORGET * self.lower + (1 - FORGET) * seen), self.upper, turned)
@@ -130,8 +137,8 @@ class Gap(NamedTuple):
 
     def direction(self, penalty: float | Tensor) -> Tensor:
         """Return the derivative in x: the whole one of the penalized problem (by Danskin) where y and z are exact."""
-        return self.upper.x + penalty * (self.lower.x - self.value.x)
+        return moved(self.upper.x, self.lower.x - self.value.x, penalty)
 
     def residuals(self, penalty: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients in y that should vanish: of `g + f / penalty` at y, and of g at z."""
-        return self.lower.y + self.upper.y / penalty, self.value.y
+        return moved(self.lower.y, self.upper.y, 1 / penalty), self.value.y

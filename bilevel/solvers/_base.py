@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -42,13 +43,34 @@ class Metrics(NamedTuple):
         missing = torch.full_like(estimate.upper_value, float("nan"))
         return cls(
             upper_value=estimate.upper_value,
-            stationarity=(x - oracles.project_x(x - estimate.gradient)).norm(),
+            stationarity=projected_gradient(oracles, x, estimate.gradient).norm(),
             lower_value=estimate.lower_value,
             lower_gradient_norm=certificate.lower_gradient_norm,
             residual=certificate.residual,
             error_estimate=missing if certificate.error_estimate is None else certificate.error_estimate,
             status=certificate.status,
         )
+
+    @classmethod
+    def unsolved(
+        cls, upper_value: Tensor, lower_value: Tensor, lower_gradient: Tensor, residuals: Sequence[Tensor]
+    ) -> Metrics:
+        """Return what a step without a linear solve says; `stationarity` is the norm of all residuals together."""
+        missing = torch.full_like(upper_value, float("nan"))
+        return cls(
+            upper_value=upper_value,
+            stationarity=torch.stack([torch.linalg.vector_norm(residual) for residual in residuals]).norm(),
+            lower_value=lower_value,
+            lower_gradient_norm=torch.linalg.vector_norm(lower_gradient),
+            residual=missing,
+            error_estimate=missing,
+            status=Status.CONVERGED,
+        )
+
+
+def projected_gradient(oracles: Oracles, x: Tensor, h: Tensor) -> Tensor:
+    """Return `x - P(x - h)`, `[p]`, with the projection P on the upper set; h itself without one."""
+    return h if oracles.problem.upper_set is None else x - oracles.project_x(x - h)
 
 
 S = TypeVar("S")

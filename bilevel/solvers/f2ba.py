@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, check_schedule
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.penalty import Curvature, Gap, check_schedule, moved
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 
 class F2BAState(NamedTuple):
@@ -120,24 +119,15 @@ class F2BA(Solver[F2BAState]):
             return oracles.lower_gradient(x, z, k)[1]
 
         def in_y(y: Tensor, k: int) -> Tensor:
-            return in_z(y, k) + oracles.upper_gradient(x, y, k).y / self.penalty
+            return moved(in_z(y, k), oracles.upper_gradient(x, y, k).y, 1 / self.penalty)
 
         z = _descend(in_z, state.y, lr, first, self.lower_steps)
         y = _descend(in_y, state.relaxed, lr, first, self.lower_steps)
         gap = Gap.at(oracles, x, y, z, last, last, last)
         h = gap.direction(self.penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
-        residuals = torch.cat([x - oracles.project_x(x - h), *(r.flatten() for r in gap.residuals(self.penalty))])
-        missing = torch.full_like(gap.upper.value, float("nan"))
-        metrics = Metrics(
-            upper_value=oracles.upper_value(x, z, last),
-            stationarity=residuals.norm(),
-            lower_value=gap.value.value,
-            lower_gradient_norm=gap.value.y.norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
-        )
+        residuals = projected_gradient(oracles, x, h), *gap.residuals(self.penalty)
+        metrics = Metrics.unsolved(oracles.upper_value(x, z, last), gap.value.value, gap.value.y, residuals)
         return F2BAState(oracles.project_x(new_x), z, y, state.step + 1, upper, curvature, metrics)
 
     def backtracked(self, factor: float) -> F2BA:
@@ -147,5 +137,5 @@ class F2BA(Solver[F2BAState]):
 
 def _descend(gradient: Callable[[Tensor, int], Tensor], y: Tensor, lr: Tensor, first: int, steps: int) -> Tensor:
     for k in range(steps):
-        y = y - lr * gradient(y, first + k)
+        y = moved(y, gradient(y, first + k), -lr)
     return y

@@ -12,9 +12,9 @@ from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 
 class F2SAState(NamedTuple):
@@ -46,8 +46,8 @@ class F2SAState(NamedTuple):
 class F2SA(Solver[F2SAState]):
     """Minimize `f(x, y) + λ (g(x, y) - min g(x, .))` by gradient steps in x, y and a second lower variable z.
 
-        T times:  v <- β v - γ dg/dy(x, z),                     z <- z + β v - γ dg/dy(x, z)
-                  u <- β u - γ [dg/dy(x, y) + df/dy(x, y) / λ], y <- y + β u - γ [...]
+        T times:  a = dg/dy(x, z),                     v <- a + β v,   z <- z - γ (a + β v)
+                  b = dg/dy(x, y) + df/dy(x, y) / λ,   u <- b + β u,   y <- y - γ (b + β u)
         x <- P_X( x - τ h ),   h = df/dx(x, y) + λ [dg/dx(x, y) - dg/dx(x, z)]
 
     h differs from the hypergradient by O(1 / λ) where g(x, .) is strongly convex and y and z are exact. The penalty λ
@@ -59,8 +59,9 @@ class F2SA(Solver[F2SAState]):
             and z, and x circles.
         penalty: λ > 0; a number, or a schedule of the step. Bias falls with it, rounding grows: in float32 stay below
             about 1e3.
-        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `(2 + 2 β) / (1 + 2 β)` over the curvature
-            of `g + f / λ`, which is measured at the start and followed: longer steps are cut. None: 0.8 over it.
+        lower_lr: γ > 0, a number, or a schedule of the step. It must be below `(2 + 2 β) / (1 + 2 β)` over the
+            curvature of `g + f / λ`, which is measured at the start and followed: longer steps are cut. None: 0.8
+            over it.
         lower_steps: T >= 1.
         momentum: β in [0, 1), Nesterov's, carried from one upper step to the next; 0 is the paper's.
         shared_batches: whether y and z see the same lower batches. The theory draws them independently, but λ then
@@ -124,35 +125,25 @@ class F2SA(Solver[F2SAState]):
     def step(self, oracles: Oracles, state: F2SAState) -> F2SAState:
         """Return the state after `lower_steps` steps of y and z and one of x."""
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
-        v, u = state.velocity
-        beta = self.momentum
+        (v, u), beta = state.velocity, self.momentum
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = self._batches(k)
             in_z = oracles.lower_gradient(x, z, z_step)[1]
-            in_y = oracles.lower_gradient(x, y, y_step)[1] + oracles.upper_gradient(x, y, k).y / penalty
+            in_y = moved(oracles.lower_gradient(x, y, y_step)[1], oracles.upper_gradient(x, y, k).y, 1 / penalty)
             if t == 0:
                 curvature = curvature.followed(oracles, x, z, in_z, z_step)
                 lr = curvature.step(penalty, wanted, momentum=beta)
-            v, u = beta * v - lr * in_z, beta * u - lr * in_y
-            z, y = z + (beta * v - lr * in_z), y + (beta * u - lr * in_y)
+            v, u = moved(in_z, v, beta), moved(in_y, u, beta)
+            z, y = moved(z, moved(in_z, v, beta), -lr), moved(y, moved(in_y, u, beta), -lr)
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
         h = gap.direction(penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
-        residuals = torch.cat([x - oracles.project_x(x - h), *(r.flatten() for r in gap.residuals(penalty))])
-        missing = torch.full_like(gap.upper.value, float("nan"))
-        metrics = Metrics(
-            upper_value=oracles.upper_value(x, z, last),
-            stationarity=residuals.norm(),
-            lower_value=gap.value.value,
-            lower_gradient_norm=gap.value.y.norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
-        )
+        residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
+        metrics = Metrics.unsolved(oracles.upper_value(x, z, last), gap.value.value, gap.value.y, residuals)
         x_next = oracles.project_x(new_x)
         return F2SAState(x_next, z, y, (v, u), state.step + 1, upper, curvature, metrics)
 

@@ -12,9 +12,9 @@ from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 
 class Gradients(NamedTuple):
@@ -139,21 +139,22 @@ class F3SA(Solver[F3SAState]):
 
         now = self._in_y(oracles, x, y, z, k)
         in_z, in_y, in_f = (
-            a + keep * (b - c)
+            moved(a, b - c, keep)
             for a, b, c in zip(now, old[:3], self._in_y(oracles, old_x, old_y, old_z, k), strict=True)
         )
         curvature = state.curvature.followed(oracles, x, z, now[0], self._batches(k)[1])
         lr = curvature.step(penalty, None if self.lower_lr is None else at(self.lower_lr, None, state.step))
-        new_z, new_y = z - lr * in_z, y - lr * (in_y + in_f / penalty)
+        new_z, new_y = moved(z, in_z, -lr), moved(y, moved(in_y, in_f, 1 / penalty), -lr)
 
         gap = Gap.at(oracles, x, new_y, new_z, k + 1, *self._batches(k + 1))
         # One step ago this point was (x, y, z) with that step's x, and its new y and z: today's.
         past = Gap.at(oracles, old_x, y, z, k + 1, *self._batches(k + 1))
-        f_x, g_x_at_y, g_x_at_z = (a + keep * (b - c) for a, b, c in zip(_in_x(gap), old[3:], _in_x(past), strict=True))
-        h = f_x + penalty * (g_x_at_y - g_x_at_z)
+        f_x, g_x_at_y, g_x_at_z = (
+            moved(a, b - c, keep) for a, b, c in zip(_in_x(gap), old[3:], _in_x(past), strict=True)
+        )
+        h = moved(f_x, g_x_at_y - g_x_at_z, penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
-        residuals = torch.cat([x - oracles.project_x(x - h), *(r.flatten() for r in gap.residuals(penalty))])
-        missing = torch.full_like(gap.upper.value, float("nan"))
+        residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
         return F3SAState(
             x=oracles.project_x(new_x),
             y=new_z,
@@ -163,15 +164,7 @@ class F3SA(Solver[F3SAState]):
             step=state.step + 1,
             upper=upper,
             curvature=curvature,
-            metrics=Metrics(
-                upper_value=oracles.upper_value(x, new_z, k + 1),
-                stationarity=residuals.norm(),
-                lower_value=gap.value.value,
-                lower_gradient_norm=gap.value.y.norm(),
-                residual=missing,
-                error_estimate=missing,
-                status=Status.CONVERGED,
-            ),
+            metrics=Metrics.unsolved(oracles.upper_value(x, new_z, k + 1), gap.value.value, gap.value.y, residuals),
         )
 
     def backtracked(self, factor: float) -> F3SA:

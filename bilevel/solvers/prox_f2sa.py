@@ -12,9 +12,9 @@ from bilevel.optimizers import LBFGS, Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 
 class ProxF2SAState(NamedTuple):
@@ -141,22 +141,20 @@ class ProxF2SA(Solver[ProxF2SAState]):
             k = first + t
             y_step, z_step = self._batches(k)
             in_u = oracles.lower_gradient(x, u, z_step)[1]
-            in_w = oracles.lower_gradient(x, w, y_step)[1] + oracles.upper_gradient(x, w, k).y / penalty
+            in_w = moved(oracles.lower_gradient(x, w, y_step)[1], oracles.upper_gradient(x, w, k).y, 1 / penalty)
             if t == 0:
                 curvature = curvature.followed(oracles, x, u, in_u, z_step)
                 lr = curvature.step(penalty, wanted, state.pull)
-            u = oracles.project_y(u - lr * (in_u + state.pull * (u - z)))
-            w = oracles.project_y(w - lr * (in_w + state.pull * (w - y)))
-        z = (1 - self.averaging) * z + self.averaging * u
-        y = (1 - self.averaging) * y + self.averaging * w
+            u = oracles.project_y(moved(torch.lerp(u, z, lr * state.pull), in_u, -lr))
+            w = oracles.project_y(moved(torch.lerp(w, y, lr * state.pull), in_w, -lr))
+        z, y = torch.lerp(z, u, self.averaging), torch.lerp(y, w, self.averaging)
 
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
         h = gap.direction(penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
         in_y, in_z = gap.residuals(penalty)
-        moves = (x - oracles.project_x(x - h), y - oracles.project_y(y - in_y), z - oracles.project_y(z - in_z))
-        missing = torch.full_like(gap.upper.value, float("nan"))
+        in_y, in_z = y - oracles.project_y(y - in_y), z - oracles.project_y(z - in_z)
         return ProxF2SAState(
             x=oracles.project_x(new_x),
             y=y,
@@ -167,14 +165,8 @@ class ProxF2SA(Solver[ProxF2SAState]):
             step=state.step + 1,
             upper=upper,
             curvature=curvature,
-            metrics=Metrics(
-                upper_value=gap.upper.value,
-                stationarity=torch.cat([move.flatten() for move in moves]).norm(),
-                lower_value=gap.value.value,
-                lower_gradient_norm=moves[2].norm(),
-                residual=missing,
-                error_estimate=missing,
-                status=Status.CONVERGED,
+            metrics=Metrics.unsolved(
+                gap.upper.value, gap.value.value, in_z, (projected_gradient(oracles, x, h), in_y, in_z)
             ),
         )
 
