@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from bilevel.solvers.blocc import BLOCC
 from bilevel.solvers.f2sa import F2SA
 from bilevel.status import MultiplierAtBound
 
+SHORT = BLOCC(lower_steps=3)
+
 
 def doubles(*numbers: float) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
@@ -25,7 +28,7 @@ def doubles(*numbers: float) -> Tensor:
 def direction(problem: Problem, x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Any]:
     """Return h at x after many primal-dual steps, and the state."""
     oracles, x, y = open_oracles(problem, x, y, needs_hvp=False)
-    solver = BLOCC(upper=SGD(1e-3), penalty=penalty, lower_steps=400)
+    solver = BLOCC(upper=SGD(1e-3), penalty=penalty, lower_steps=250)
     after = solver.step(oracles, solver.init(oracles, x, y))
     return (x - after.x) / 1e-3, after
 
@@ -77,7 +80,8 @@ def test_direction_is_the_gradient_of_the_penalized_problem() -> None:
 
 def test_without_constraints_it_is_f2sa() -> None:
     task = bilevel.problems.quadratic()
-    options: dict[str, Any] = {"upper": SGD(0.02), "penalty": Power(5.0, 0.3), "lower_steps": 3}
+    # A measured step would differ by rounding, divided by the length of a difference.
+    options: dict[str, Any] = {"upper": SGD(0.02), "penalty": Power(5.0, 0.3), "lower_steps": 3, "lower_lr": 0.1}
     one, other = (
         bilevel.solve(task.problem, solver, task.x0, task.y0, steps=20)
         for solver in (BLOCC(**options), F2SA(**options, momentum=0.0))
@@ -116,20 +120,37 @@ def test_nothing_moves_at_the_solution() -> None:
     torch.testing.assert_close(state.x, x, rtol=0, atol=1e-10)
 
 
+def test_iterates_stay_in_their_sets() -> None:
+    """x in [0, 1] and y in [0, 0.6] throughout, and multipliers of inequalities in [0, bound]; y ends at its bound."""
+    problem = replace(toys.ineq().problem, joint_set=None, upper_set=Box(0.0, 1.0), lower_set=Box(0.0, 0.6))
+    solver = BLOCC(lower_steps=2, bound=20.0)
+    oracles, x, y = open_oracles(problem, doubles(0.0), doubles(0.0), needs_hvp=False)
+    state = solver.init(oracles, x, y)
+    for _ in range(60):
+        state = solver.step(oracles, state)
+        assert 0 <= float(state.x) <= 1
+        for saddle in (state, state.relaxed):
+            assert 0 <= float(saddle.y) <= 0.6
+            assert 0 <= float(saddle.multiplier) <= 20
+    assert float(state.x) == 1.0
+    assert float(state.y) == 0.6
+
+
 # -- what it solves ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("task", "solver", "steps", "tolerance"),
     [
-        (toys.ineq(), BLOCC(), 200, 1e-3),
-        (toys.ineq(), BLOCC(lower_steps=1), 500, 1e-2),
-        (toys.ineq(), BLOCC(upper=SGD(0.1), penalty=1000.0, multiplier_lr=1.5, bound=10.0), 200, 1e-3),
-        (toys.llc(), BLOCC(), 300, 1e-2),
+        (toys.ineq(), BLOCC(), 150, 1e-3),
+        pytest.param(toys.ineq(), BLOCC(lower_steps=1), 500, 1e-2, marks=pytest.mark.slow),
+        (toys.ineq(), BLOCC(upper=SGD(0.1), penalty=1000.0, multiplier_lr=1.5, bound=10.0, lower_steps=3), 150, 1e-3),
+        (toys.llc(), SHORT, 100, 1e-2),
         pytest.param(toys.llc(100), BLOCC(), 300, 1e-2, marks=pytest.mark.slow),
-        (toys.box(), BLOCC(), 200, 1e-2),
-        (toys.sc(), BLOCC(), 200, 1e-2),
-        (toys.shen(), BLOCC(), 200, 1e-2),
+        (toys.box(), SHORT, 100, 1e-2),
+        pytest.param(toys.box(), BLOCC(penalty=Power(10.0, 0.49)), 1000, 1e-3, marks=pytest.mark.slow),
+        (toys.sc(), SHORT, 200, 1e-2),
+        (toys.shen(), SHORT, 100, 1e-2),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -145,8 +166,8 @@ def test_toys(task: Task, solver: BLOCC, steps: int, tolerance: float) -> None:
 def test_the_bias_falls_like_one_over_the_penalty() -> None:
     task, errors = toys.sc(1), []
     for penalty in (10.0, 100.0):
-        solver = BLOCC(penalty=penalty, upper=SGD(0.3))
-        solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=100)
+        solver = BLOCC(penalty=penalty, upper=SGD(0.3), lower_steps=5)
+        solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=80)
         errors.append(float((solution.x - task.problem.reference).abs()))
     assert 9.0 < errors[0] / errors[1] < 11.0
 
@@ -158,11 +179,12 @@ def test_equations() -> None:
         lower=lambda x, y, _: 0.5 * y.square().sum(),
         equality=lambda x, y, _: (y.sum() - x).reshape(1),
     )
-    solution = bilevel.solve(problem, BLOCC(), doubles(0.0).sum(), doubles(0.0, 0.0), steps=200)
+    solution = bilevel.solve(problem, SHORT, doubles(0.0).sum(), doubles(0.0, 0.0), steps=200)
     assert float(solution.x) == pytest.approx(2.0, abs=1e-3)
     assert float(solution.state.multiplier) == pytest.approx(-1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_curved_constraints() -> None:
     """min -1^T y on the disk of radius x, f = ‖y - 1‖² + (x - 2)² / 10: y* = x (1, 1) / sqrt(2)."""
     problem = Problem(
@@ -180,7 +202,7 @@ def test_curved_constraints() -> None:
 
 def test_float32() -> None:
     task = toys.ineq(dtype=torch.float32)
-    solution = bilevel.solve(task.problem, BLOCC(), task.x0, task.y0, steps=200)
+    solution = bilevel.solve(task.problem, SHORT, task.x0, task.y0, steps=200)
     assert solution.x.dtype == solution.state.relaxed.multiplier.dtype == torch.float32
     assert float(solution.x) == pytest.approx(1.5, abs=1e-3)
 
@@ -191,7 +213,7 @@ def test_multipliers_are_found_in_the_units_of_the_user() -> None:
         Problem(upper=task.problem.upper, lower=task.problem.lower, constraint=lambda x, y, b, s=s: s * (x + y - 2))
         for s in (1.0, 100.0)
     )
-    one, other = (bilevel.solve(p, BLOCC(), task.x0, task.y0, steps=50) for p in (plain, scaled))
+    one, other = (bilevel.solve(p, SHORT, task.x0, task.y0, steps=50) for p in (plain, scaled))
     torch.testing.assert_close(one.x, other.x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(one.state.multiplier, 100 * other.state.multiplier, rtol=1e-9, atol=1e-9)
 
@@ -208,7 +230,7 @@ def test_blocks_have_multipliers_of_their_own() -> None:
         blocks=2,
     )
     # F = (x - 2)² / 2 + ((1 - x)² + 4) / 4
-    solution = bilevel.solve(problem, BLOCC(), doubles(0.0), 0 * t, steps=200)
+    solution = bilevel.solve(problem, SHORT, doubles(0.0), 0 * t, steps=100)
     assert float(solution.x) == pytest.approx(5 / 3, abs=1e-2)
     torch.testing.assert_close(solution.y, doubles(1 / 3, 3.0)[:, None], rtol=0, atol=2e-2)
     torch.testing.assert_close(solution.state.multiplier, doubles(8 / 3, 0.0)[:, None], rtol=0, atol=2e-2)
@@ -216,7 +238,7 @@ def test_blocks_have_multipliers_of_their_own() -> None:
 
 def test_stationarity_vanishes_where_it_converges() -> None:
     task = toys.ineq()
-    solution = bilevel.solve(task.problem, BLOCC(), task.x0, task.y0, steps=500, tol=1e-5)
+    solution = bilevel.solve(task.problem, SHORT, task.x0, task.y0, steps=500, tol=1e-5)
     assert solution.status is Status.CONVERGED
     assert float(solution.x) == pytest.approx(1.5, abs=1e-3)
 
@@ -227,17 +249,17 @@ def test_stationarity_vanishes_where_it_converges() -> None:
 def test_a_bound_below_the_multiplier_is_told() -> None:
     task = toys.ineq()
     with pytest.warns(MultiplierAtBound, match=r"BLOCC\(bound=") as caught:
-        solution = bilevel.solve(task.problem, BLOCC(bound=1.0), task.x0, task.y0, steps=100)
+        solution = bilevel.solve(task.problem, BLOCC(bound=1.0, lower_steps=3), task.x0, task.y0, steps=100)
     assert len(caught) == 1
     assert abs(float(solution.x) - 1.5) > 0.3
 
 
 def test_runs_that_diverge_say_so() -> None:
     task = bilevel.problems.quadratic()
-    solver = BLOCC(upper=SGD(10.0))
+    solver = BLOCC(upper=SGD(10.0), lower_steps=3)
     solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=200)
     assert solution.status is Status.DIVERGED
-    mended = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=200, on_nonfinite="backtrack")
+    mended = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=250, on_nonfinite="backtrack")
     assert task.x_error(mended.x) < 1e-2  # type: ignore[operator]
 
 

@@ -94,7 +94,7 @@ def test_cost_is_as_stated() -> None:
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0, needs_hvp=False)
     solver = MEHA()
     state = solver.init(oracles, x, y)
-    assert oracles.counts.gradients == 48
+    assert oracles.counts.gradients == 80
     before = oracles.counts
     solver.step(oracles, state)
     spent = oracles.counts - before
@@ -153,6 +153,13 @@ def test_toys(task: Task, solver: MEHA, x_error: float, y_error: float) -> None:
     errors = run(task, solver)
     assert errors["x_error"] <= x_error
     assert errors["y_error"] <= y_error
+
+
+@pytest.mark.slow
+def test_bounds_to_three_digits_within_the_exponents_of_the_paper() -> None:
+    errors = run(toys.box(), MEHA(penalty=Power(5.0, 0.49)), 4000)
+    assert errors["x_error"] <= 1e-3
+    assert errors["y_error"] <= 1.5e-3
 
 
 @pytest.mark.slow
@@ -249,7 +256,7 @@ def test_blocks_share_x() -> None:
         lower_data=bilevel.Full(t),
         blocks=3,
     )
-    solution = bilevel.solve(problem, MEHA(), doubles(0.5).sum(), 0 * t, steps=STEPS)
+    solution = bilevel.solve(problem, MEHA(), doubles(0.5).sum(), 0 * t, steps=500)
     assert float(solution.x) == pytest.approx(2.0, abs=2e-2)
 
 
