@@ -47,18 +47,19 @@ def joint_smoothness(
     return smoothness(gradient, torch.cat([x / unit, y.flatten()]), steps=steps)
 
 
-def natural_unit(gradients: Gradients, x: Tensor, y: Tensor, *, steps: int = 4) -> Tensor:
+def natural_unit(gradients: Gradients, x: Tensor, y: Tensor, *, coupled: float, steps: int = 4) -> Tensor:
     """Return the unit of x in which one step length serves both variables, whatever units the user gave x.
 
-        C / (B sqrt(2)), at most sqrt(C / A)      A, B, C: the largest curvatures in x, between x and y, in y
+        coupled C / B, at most sqrt(C / A)      A, B, C: the largest curvatures in x, between x and y, in y
 
-    There the response of y to x raises the joint curvature, `C + B^2 / C`, by half. A mean over n examples, each with a
-    weight x_i, has B of the order 1 / n, and steps of one length would hardly move x. 1 where B = 0.
+    A mean over n examples, each with a weight x_i, has B of the order 1 / n, and steps of one length would hardly move
+    x. 1 where B or C vanishes.
 
     Args:
         gradients: of the function, (x, y) -> (gradient in x, gradient in y).
         x: `[p]`.
         y: `[d]` or `[m, d]`.
+        coupled: > 0, what the curvature between x and y shall be of that in y.
         steps: Lanczos steps, > 0.
 
     Returns:
@@ -69,16 +70,17 @@ def natural_unit(gradients: Gradients, x: Tensor, y: Tensor, *, steps: int = 4) 
 
     Example:
         >>> zero = torch.zeros(2, dtype=torch.float64)
-        >>> round(float(natural_unit(lambda x, y: (0.1 * y, y + 0.1 * x), zero, zero)), 4)
-        7.0711
+        >>> round(float(natural_unit(lambda x, y: (0.1 * y, y + 0.1 * x), zero, zero, coupled=0.5)), 4)
+        5.0
     """
     tiny = torch.finfo(y.dtype).eps
     across = coupling(gradients, x, y, steps=steps)
     below = smoothness(lambda v: gradients(x, v)[1], y, steps=steps)
     above = smoothness(lambda u: gradients(u, y)[0], x, steps=steps)
-    unit = torch.minimum(below / (2**0.5 * across.clamp_min(tiny)), (below / above.clamp_min(tiny)).sqrt())
-    # Below this, differences of gradients are rounding.
-    return torch.where((across > tiny**0.5 * below) & (unit > 0), unit, torch.ones_like(unit))
+    unit = torch.minimum(coupled * below / across.clamp_min(tiny), (below / above.clamp_min(tiny)).sqrt())
+    # Beyond this, differences of gradients are rounding.
+    seen = (across > tiny**0.5 * below) & (below > tiny**0.5 * across)
+    return torch.where(seen, unit, torch.ones_like(unit))
 
 
 def coupling(gradients: Gradients, x: Tensor, y: Tensor, *, steps: int = 4) -> Tensor:

@@ -7,14 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.joint import joint_smoothness, natural_unit
 from bilevel.oracles import LowerGradient, Oracles
-from bilevel.smoothness import curvatures, smoothness
+from bilevel.smoothness import curvatures
 from bilevel.status import Diverged, InvalidProblem
 
 SAFE = 0.8
 """Steps in units of 1 / curvature: measured curvatures approach the largest one from below."""
 FLAT = 10.0
 """The envelope's width for a convex g, in units of 1 / (largest curvature)."""
+COUPLED = 2**0.5
+"""Curvature between x and y over that in y, in the unit of x: x takes steps of its own, which do not shorten y's."""
 RUNAWAY = 1e8
 
 
@@ -23,41 +26,42 @@ class Curvatures(NamedTuple):
 
     Args:
         lower: largest of g in y.
-        joint: largest of g in (x, y).
-        upper: largest of f in (x, y).
+        unit: of x, in which the two that follow are.
+        joint: largest of g in (x / unit, y).
+        upper: largest of f in (x / unit, y).
         concave: most negative of g in y, as a number >= 0.
         size: of the start, `1 + ‖(x, y)‖`.
     """
 
     lower: Tensor
+    unit: Tensor
     joint: Tensor
     upper: Tensor
     concave: Tensor
     size: Tensor
 
     @classmethod
-    def measure(cls, oracles: Oracles, x: Tensor, y: Tensor, *, declared: bool) -> Curvatures:
-        """Measure at a start, with or without the declared regularizer. Cost: 32 gradients of g, 16 of f."""
+    def measure(cls, oracles: Oracles, x: Tensor, y: Tensor, *, declared: bool, scaled: bool) -> Curvatures:
+        """Measure at a start, with or without the declared regularizer, x in its natural unit or in the user's.
 
-        def split(v: Tensor) -> tuple[Tensor, Tensor]:
-            return v[: len(x)], v[len(x) :].view(y.shape)
+        Cost: 32 gradients of g, 16 of f; 32 gradients of g more for the natural unit.
+        """
 
-        def lower_joint(v: Tensor) -> Tensor:
-            found = oracles.lower_gradients(*split(v), declared=declared)
-            return torch.cat([found.x, found.y.flatten()])
+        def f(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return oracles.upper_gradient(u, v)[1:]
 
-        def upper_joint(v: Tensor) -> Tensor:
-            found = oracles.upper_gradient(*split(v))
-            return torch.cat([found.x, found.y.flatten()])
+        def g(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return oracles.lower_gradients(u, v, declared=declared)[1:]
 
-        both = torch.cat([x, y.flatten()])
-        low, high = curvatures(lambda v: oracles.lower_gradients(x, v, declared=declared).y, y)
+        unit = natural_unit(g, x, y, coupled=COUPLED) if scaled else y.new_ones(())
+        low, high = curvatures(lambda v: g(x, v)[1], y)
         return cls(
             lower=torch.maximum(low.abs(), high.abs()),
-            joint=smoothness(lower_joint, both),
-            upper=smoothness(upper_joint, both),
+            unit=unit,
+            joint=joint_smoothness(g, x, y, unit=unit),
+            upper=joint_smoothness(f, x, y, unit=unit),
             concave=(-low).clamp_min(0),
-            size=1 + both.norm(),
+            size=1 + torch.cat([x, y.flatten()]).norm(),
         )
 
     def followed(self, first: LowerGradient, second: LowerGradient, apart: Tensor) -> Curvatures:
@@ -66,7 +70,7 @@ class Curvatures(NamedTuple):
         # Closer than this, differences of gradients are rounding.
         seen = distance > torch.finfo(apart.dtype).eps ** 0.5 * self.size
         over = torch.where(seen, 1 / distance.clamp_min(torch.finfo(apart.dtype).tiny), torch.zeros_like(distance))
-        in_y, in_x = (first.y - second.y).norm() * over, (first.x - second.x).norm() * over
+        in_y, in_x = (first.y - second.y).norm() * over, self.unit * (first.x - second.x).norm() * over
         along = ((first.y - second.y) * apart).sum() * over.square()
         return self._replace(
             lower=torch.maximum(self.lower, in_y),

@@ -56,8 +56,8 @@ def test_natural_unit_follows_the_units_of_x(factor: float) -> None:
 
     below = float(torch.linalg.eigvalsh(full[3:, 3:]).abs().max())
     across = float(torch.linalg.svdvals(full[:3, 3:])[0])
-    unit = natural_unit(gradients, x / factor, y)
-    assert float(unit) == pytest.approx(below / (2**0.5 * across) / factor, rel=1e-4)
+    unit = natural_unit(gradients, x / factor, y, coupled=0.5)
+    assert float(unit) == pytest.approx(0.5 * below / across / factor, rel=1e-4)
     scaled = joint_smoothness(gradients, x / factor, y, unit=unit)
     plain = joint_smoothness(gradients, x / factor, y, unit=1 / factor)
     assert float(scaled) < 2 * below
@@ -66,5 +66,8 @@ def test_natural_unit_follows_the_units_of_x(factor: float) -> None:
 
 def test_natural_unit_where_x_is_curved_or_alone() -> None:
     zero = torch.zeros(2, dtype=torch.float64)
-    assert float(natural_unit(lambda x, y: (25 * x + 0.1 * y, y + 0.1 * x), zero, zero)) == pytest.approx(0.2, rel=1e-3)
-    assert float(natural_unit(lambda x, y: (0 * x, y), zero, zero)) == 1.0
+    assert float(natural_unit(lambda x, y: (25 * x + 0.1 * y, y + 0.1 * x), zero, zero, coupled=1.0)) == pytest.approx(
+        0.2, rel=1e-3
+    )
+    assert float(natural_unit(lambda x, y: (0 * x, y), zero, zero, coupled=2.0)) == 1.0
+    assert float(natural_unit(lambda x, y: (-y, y**3 - x), zero, zero, coupled=2.0)) == 1.0  # flat at 0

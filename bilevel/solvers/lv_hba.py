@@ -140,7 +140,7 @@ class LVHBA(Solver[LVHBAState]):
                 "JointPolyhedron of bilevel.sets.joint. Where that is too hard, BLOCC needs no projection."
             )
         scale = Scale.measure(oracles, x, y)
-        curvature = Curvatures.measure(oracles, x, y, declared=True)
+        curvature = Curvatures.measure(oracles, x, y, declared=True, scaled=False)
         none = torch.zeros_like(scale.norms)
         state = LVHBAState(
             x, y, 0, y, none, none, scale, torch.full((), -1, device=x.device), curvature, None,

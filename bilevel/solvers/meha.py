@@ -65,7 +65,7 @@ class MEHA(Solver[MEHAState]):
             measured at the start and raised where the run sees more.
         y_lr: β > 0; likewise.
         upper_lr: α > 0, of a step along 1 / c_k times a hypergradient. None: 0.8 / (curvature of g + f / c_k in (x,
-            y)).
+            y)), x in its natural unit, measured at the start.
         upper_factor: of `upper_lr`, > 0, measured or not.
 
     Raises:
@@ -73,7 +73,8 @@ class MEHA(Solver[MEHAState]):
             (known: L2 or ElasticNet with Box or NonNegative).
 
     Cost:
-        Per step: 4 lower gradients, 2 upper ones, 2 proxes; no HVP. Memory: 2 copies of y. At the start 48 gradients.
+        Per step: 4 lower gradients, 2 upper ones, 2 proxes; no HVP. Memory: 2 copies of y. At the start 80 gradients
+        (fewer in less than 8 dimensions).
 
     Notes:
         x* is approached from below: `f(x_k, y_k) <= f*` up to rounding, with an error of about 1 / c_k.
@@ -116,7 +117,7 @@ class MEHA(Solver[MEHAState]):
         """Return the state before the first step, with θ = y; measures curvatures."""
         self.refuse(oracles.problem)
         _check_prox(oracles.problem)
-        curvature = Curvatures.measure(oracles, x, y, declared=False)
+        curvature = Curvatures.measure(oracles, x, y, declared=False, scaled=self.upper_lr is None)
         gamma = self._gamma(curvature)
         if not float(gamma * curvature.concave) < 1:
             raise InvalidProblem(
@@ -178,7 +179,7 @@ class MEHA(Solver[MEHAState]):
         measured = SAFE / (curvature.lower + 1 / self._gamma(curvature) + upper)
         lr = measured if self.lr is None else torch.full_like(measured, self.lr)
         y_lr = measured if self.y_lr is None else torch.full_like(measured, self.y_lr)
-        joint = SAFE / (curvature.joint + upper)
+        joint = curvature.unit.square() * SAFE / (curvature.joint + upper)
         upper_lr = joint if self.upper_lr is None else torch.full_like(joint, self.upper_lr)
         return lr, y_lr, self.upper_factor * upper_lr
 

@@ -23,6 +23,8 @@ JOINT = 1.2
 """Steps of x and y, likewise."""
 RESPONSE = 10
 """Steps of z while the curvature of the gap is measured: z follows x, and that adds curvature in x."""
+COUPLED = 0.5**0.5
+"""Curvature between x and y over that in y, in the unit of x: the joint one, C + B^2 / C, is then 3/2 of that in y."""
 
 
 class Curvatures(NamedTuple):
@@ -189,7 +191,7 @@ class VPBGD(Solver[VPBGDState]):
             f, g = oracles.upper_gradient(u, v, k), oracles.lower_gradients(u, v, last)
             return g.x + f.x / penalty, g.y + f.y / penalty
 
-        unit = natural_unit(both, x, y) if self.lr is None else torch.ones_like(lower)
+        unit = natural_unit(both, x, y, coupled=COUPLED) if self.lr is None else torch.ones_like(lower)
 
         def gap(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             follower = z
