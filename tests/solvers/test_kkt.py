@@ -54,6 +54,18 @@ def test_several_starts_find_the_global_minimum() -> None:
     assert best.best_value < local.best_value
 
 
+@pytest.mark.parametrize(
+    ("make", "multiplier"), [(ineq, 2.5), (mci, 0.0), (llc, -(3**0.5))], ids=["ineq", "mci", "llc"]
+)
+def test_multipliers_are_told(make: Callable[[], Task], multiplier: float) -> None:
+    task = make()
+    solution = solved(task, KKT(starts=1))
+    assert float(solution.state.multiplier) == pytest.approx(multiplier, abs=1e-6)
+    found = bilevel.conditions(task.problem, solution.x, solution.y, solution.state.multiplier)
+    for value in (found.upper_violation, found.lower_violation, found.stationarity, found.complementarity):
+        assert float(value) < 1e-9
+
+
 def test_margin_tells_an_inactive_multiplier() -> None:
     """INEQ's constraint is active with multiplier 2.5; MCI's is active with multiplier 0: a kink in x is near."""
     assert float(solved(ineq(), KKT(starts=1)).state.report.multiplier_margin) == pytest.approx(2.5)
