@@ -60,7 +60,8 @@ class MEHA(Solver[MEHAState]):
         gamma: γ > 0, in units of 1 / (curvature of g), below 1 / (most negative curvature of g in y). Larger is more
             accurate and, where g is nonconvex, wrong beyond that bound. None: 10 / (largest curvature seen), or half
             the bound where that is less.
-        penalty: c_k > 0; a number, or a schedule of the step. The paper's grows with an exponent in (0, 1/2).
+        penalty: c_k > 0; a number, or a schedule of the step. The paper's grows with an exponent in (0, 1/2). For three
+            digits rather than two start higher and take more steps: `Power(5.0, 0.49)`.
         lr: η > 0, stable below `2 / (curvature of g + 1 / γ)`. None: 0.8 / that curvature with that of f / c_k,
             measured at the start and raised where the run sees more.
         y_lr: β > 0; likewise.
@@ -77,6 +78,8 @@ class MEHA(Solver[MEHAState]):
         (fewer in less than 8 dimensions).
 
     Notes:
+        With mini-batches the noise of y and θ is common and x is unbiased, but keeps moving, by an amount that does not
+        shrink with the steps: average the last x.
         x* is approached from below: `f(x_k, y_k) <= f*` up to rounding, with an error of about 1 / c_k.
         `stationarity` is `c_k ‖(Δx / α, Δy / β, Δθ / η)‖`, an estimate of the paper's residual
         `dist(0, d(f + c_k (φ - v)) + N)` that also sees how far θ is from its own minimum.
