@@ -137,7 +137,10 @@ class Layout:
         """Return the leaves as views of `flat` (`[..., d]`), shapes `[..., *shape]`."""
         leaves = flat.split_with_sizes(self.sizes, dim=-1) if len(self.sizes) > 1 else (flat,)
         lead = flat.shape[:-1]
-        return [leaf.view(lead + shape) for leaf, shape in zip(leaves, self.shapes, strict=True)]
+        return [
+            leaf if len(shape) == 1 else leaf.view(lead + shape)
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
+        ]
 
     def concat(self, leaves: Sequence[Tensor]) -> Tensor:
         """Return leaves `[..., *shape]` as one vector `[..., d]`; the inverse of `views`."""

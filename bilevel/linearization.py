@@ -33,8 +33,9 @@ def gradients(outputs: Leaves, inputs: Leaves, weights: Leaves | None = None, **
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not live:
         return [None] * len(inputs)
-    along = None if weights is None else [weights[i] for i in live]
-    return list(torch.autograd.grad([outputs[i] for i in live], inputs, along, allow_unused=True, **options))
+    if len(live) < len(outputs):
+        outputs, weights = [outputs[i] for i in live], None if weights is None else [weights[i] for i in live]
+    return list(torch.autograd.grad(outputs, inputs, weights, allow_unused=True, **options))
 
 
 def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...], like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from bilevel.aggregated import Aggregated
 from bilevel.joint import coupling
 from bilevel.oracles import Oracles
+from bilevel.penalty import moved
 from bilevel.smoothness import check_curved, curvatures, smoothness
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 SAFE = 0.8
 """Steps of y and of the multiplier, in units of 1 / curvature; 2 is the limit."""
@@ -211,22 +212,22 @@ class BAMM(Solver[BAMMState]):
         psi = Aggregated(oracles, x, y, mu, upper_step=k, lower_step=k)
         residual = psi.hvp(v) - f.y
         h = f.x - psi.cross(v)
-        moved = x - oracles.project_x(x - h)
+        metrics = Metrics.unsolved(
+            upper_value=f.value,
+            lower_value=(psi.value - mu * f.value) / (1 - mu),
+            lower_gradient=moved(psi.gradient, f.y, -mu) if mu else psi.gradient,
+            residuals=(psi.gradient, residual, projected_gradient(oracles, x, h)),
+        )
         return BAMMState(
-            x=oracles.project_x(x - self.upper_factor * alpha * for_x * h),
-            y=y - beta * psi.gradient,
-            multiplier=v - beta * for_v * residual,
+            x=oracles.project_x(moved(x, h, -self.upper_factor * alpha * for_x)),
+            y=moved(y, psi.gradient, -beta),
+            multiplier=moved(v, residual, -beta * for_v),
             decay=state.decay,
             step=k + 1,
             curvatures=seen,
-            metrics=Metrics(
-                upper_value=f.value,
-                stationarity=(psi.gradient.square().sum() + residual.square().sum() + moved.square().sum()).sqrt(),
-                lower_value=(psi.value - mu * f.value) / (1 - mu),
-                lower_gradient_norm=((psi.gradient - mu * f.y) / (1 - mu)).norm(),
+            metrics=metrics._replace(
+                lower_gradient_norm=metrics.lower_gradient_norm / (1 - mu),
                 residual=residual.norm() / f.y.norm().clamp_min(torch.finfo(y.dtype).tiny),
-                error_estimate=torch.full_like(f.value, nan),
-                status=Status.CONVERGED,
             ),
         )
 

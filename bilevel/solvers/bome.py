@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bilevel.joint import joint_smoothness
 from bilevel.oracles import Oracles
-from bilevel.penalty import Gap
+from bilevel.penalty import Gap, moved
 from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 SAFE = 0.8
 """Steps of z, in units of 1 / curvature; 2 is the limit."""
@@ -143,35 +143,26 @@ class BOME(Solver[BOMEState]):
 
         z = y
         for j in range(first, last + 1):
-            z = z - s_z * oracles.lower_gradient(x, z, j)[1]
+            z = moved(z, oracles.lower_gradient(x, z, j)[1], -s_z)
         f, at_y, at_z = Gap.at(oracles, x, y, z, k, last, last)
         q_x, q_y = at_y.x - at_z.x, at_y.y
 
-        squared = q_x.square().sum() + q_y.square().sum()
-        along = (f.x * q_x).sum() + (f.y * q_y).sum()
+        squared = _dot(q_x, q_x) + _dot(q_y, q_y)
+        along = _dot(f.x, q_x) + _dot(f.y, q_y)
         q = at_y.value - at_z.value
         wanted = self.eta * (q if self.value_control else squared)
         # Both vanish together at a solution; lambda dq stays bounded, and is 0 where dq is.
         multiplier = ((wanted - along) / squared.clamp_min(torch.finfo(y.dtype).tiny)).clamp_min(0)
-        d_x, d_y = f.x + multiplier * q_x, f.y + multiplier * q_y
+        d_x, d_y = moved(f.x, q_x, multiplier), moved(f.y, q_y, multiplier)
 
-        moved = x - oracles.project_x(x - d_x)
-        missing = torch.full_like(f.value, nan)
+        residuals = projected_gradient(oracles, x, d_x), d_y, q.clamp_min(0).sqrt()
         return BOMEState(
-            x=oracles.project_x(x - self.upper_factor * xi * d_x),
-            y=y - xi * d_y,
+            x=oracles.project_x(moved(x, d_x, -self.upper_factor * xi)),
+            y=moved(y, d_y, -xi),
             step=k + 1,
             multiplier=multiplier,
             curvatures=curvatures,
-            metrics=Metrics(
-                upper_value=f.value,
-                stationarity=(moved.square().sum() + d_y.square().sum() + q.clamp_min(0)).sqrt(),
-                lower_value=at_y.value,
-                lower_gradient_norm=at_y.y.norm(),
-                residual=missing,
-                error_estimate=missing,
-                status=Status.CONVERGED,
-            ),
+            metrics=Metrics.unsolved(f.value, at_y.value, at_y.y, residuals),
         )
 
     def backtracked(self, factor: float) -> BOME:
@@ -185,3 +176,7 @@ class BOME(Solver[BOMEState]):
         gap = joint_smoothness(lambda u, v: oracles.lower_gradients(u, v, last)[1:], x, y)
         lower = smoothness(lambda v: oracles.lower_gradient(x, v, last)[1], y)
         return Curvatures(torch.maximum(upper, gap).clamp_min(tiny), lower.clamp_min(tiny))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())

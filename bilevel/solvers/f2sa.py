@@ -24,7 +24,7 @@ class F2SAState(NamedTuple):
         x: upper variables `[p]`.
         y: the solution of the lower problem (the paper's z), `[d]` or `[m, d]`.
         relaxed: the solution of the lower problem with f / penalty added (the paper's y), likewise.
-        velocity: of `y` and of `relaxed` (v and u), likewise.
+        landed: where the last steps of `y` and of `relaxed` led before momentum took them on (v and u), likewise.
         step: upper steps made.
         upper: state of the upper optimizer.
         curvature: largest curvatures in y.
@@ -34,7 +34,7 @@ class F2SAState(NamedTuple):
     x: Tensor
     y: Tensor
     relaxed: Tensor
-    velocity: tuple[Tensor, Tensor]
+    landed: tuple[Tensor, Tensor]
     step: int
     upper: Any
     curvature: Curvature
@@ -46,8 +46,8 @@ class F2SAState(NamedTuple):
 class F2SA(Solver[F2SAState]):
     """Minimize `f(x, y) + λ (g(x, y) - min g(x, .))` by gradient steps in x, y and a second lower variable z.
 
-        T times:  a = dg/dy(x, z),                     v <- a + β v,   z <- z - γ (a + β v)
-                  b = dg/dy(x, y) + df/dy(x, y) / λ,   u <- b + β u,   y <- y - γ (b + β u)
+        T times:  v, v' <- z - γ dg/dy(x, z), v                        z <- v + β (v - v')
+                  u, u' <- y - γ [dg/dy(x, y) + df/dy(x, y) / λ], u    y <- u + β (u - u')
         x <- P_X( x - τ h ),   h = df/dx(x, y) + λ [dg/dx(x, y) - dg/dx(x, z)]
 
     h differs from the hypergradient by O(1 / λ) where g(x, .) is strongly convex and y and z are exact. The penalty λ
@@ -119,13 +119,12 @@ class F2SA(Solver[F2SAState]):
         curvature = Curvature.measure(oracles, x, y)
         if self.lower_lr is not None:
             curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), momentum=self.momentum)
-        still = torch.zeros_like(y)
-        return F2SAState(x, y, y, (still, still), 0, self.upper.init(x), curvature, None)
+        return F2SAState(x, y, y, (y, y), 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: F2SAState) -> F2SAState:
         """Return the state after `lower_steps` steps of y and z and one of x."""
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
-        (v, u), beta = state.velocity, self.momentum
+        (v, u), beta = state.landed, self.momentum
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
@@ -136,8 +135,8 @@ class F2SA(Solver[F2SAState]):
             if t == 0:
                 curvature = curvature.followed(oracles, x, z, in_z, z_step)
                 lr = curvature.step(penalty, wanted, momentum=beta)
-            v, u = moved(in_z, v, beta), moved(in_y, u, beta)
-            z, y = moved(z, moved(in_z, v, beta), -lr), moved(y, moved(in_y, u, beta), -lr)
+            old_v, v, old_u, u = v, moved(z, in_z, -lr), u, moved(y, in_y, -lr)
+            z, y = torch.lerp(old_v, v, 1 + beta), torch.lerp(old_u, u, 1 + beta)
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
         h = gap.direction(penalty)

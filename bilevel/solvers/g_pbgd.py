@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import inf, nan
+from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -13,10 +13,10 @@ from bilevel.joint import joint_smoothness
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Schedule, check_schedule
+from bilevel.penalty import Schedule, check_schedule, moved
 from bilevel.smoothness import check_curved
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.status import InvalidProblem
 
 SAFE = 1.2
 """Steps in units of 1 / curvature; 2 is the limit."""
@@ -122,25 +122,14 @@ class GPBGD(Solver[GPBGDState]):
         s_x = s_y if self.upper_lr is None else self.upper_lr / (1 + penalty)
 
         f, g = oracles.upper_gradient(x, y, k), oracles.linearize_lower(x, y, k)
-        d_x = f.x + penalty * g.cross(g.gradient)
-        d_y = f.y + penalty * g.hvp(g.gradient)
-
-        moved = x - oracles.project_x(x - d_x)
-        missing = torch.full_like(f.value, nan)
+        d_x = moved(f.x, g.cross(g.gradient), penalty)
+        d_y = moved(f.y, g.hvp(g.gradient), penalty)
         return GPBGDState(
-            x=oracles.project_x(x - self.upper_factor * s_x * d_x),
-            y=y - s_y * d_y,
+            x=oracles.project_x(moved(x, d_x, -self.upper_factor * s_x)),
+            y=moved(y, d_y, -s_y),
             step=k + 1,
             curvatures=curvatures,
-            metrics=Metrics(
-                upper_value=f.value,
-                stationarity=(moved.square().sum() + d_y.square().sum()).sqrt(),
-                lower_value=g.value,
-                lower_gradient_norm=g.gradient.norm(),
-                residual=missing,
-                error_estimate=missing,
-                status=Status.CONVERGED,
-            ),
+            metrics=Metrics.unsolved(f.value, g.value, g.gradient, (projected_gradient(oracles, x, d_x), d_y)),
         )
 
     def backtracked(self, factor: float) -> GPBGD:

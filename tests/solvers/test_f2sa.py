@@ -177,7 +177,8 @@ def test_the_solution_of_the_penalized_problem_does_not_move(quadratic: Quadrati
     x = torch.linalg.solve(slope, -zero)
     solver = F2SA(upper=SGD(0.3), penalty=penalty)
     oracles, x, y = open_oracles(quadratic.problem(), x, quadratic.lower_solution(x), needs_hvp=False)
-    state = solver.init(oracles, x, y)._replace(relaxed=quadratic.relaxed(x, penalty))
+    relaxed = quadratic.relaxed(x, penalty)
+    state = solver.init(oracles, x, y)._replace(relaxed=relaxed, landed=(y, relaxed))
     for _ in range(5):
         state = solver.step(oracles, state)
     assert float((state.x - x).abs().max()) < 1e-12
