@@ -73,6 +73,11 @@ def projected_gradient(oracles: Oracles, x: Tensor, h: Tensor) -> Tensor:
     return h if oracles.problem.upper_set is None else x - oracles.project_x(x - h)
 
 
+def projected_lower_gradient(oracles: Oracles, y: Tensor, d: Tensor) -> Tensor:
+    """Return `y - P(y - d)`, shaped like y, with the projection P on the lower set; d itself without one."""
+    return d if oracles.problem.lower_set is None else y - oracles.project_y(y - d)
+
+
 S = TypeVar("S")
 """A solver's state: a NamedTuple with at least `x`, `y`, `step` and `metrics`, replaced and never mutated."""
 

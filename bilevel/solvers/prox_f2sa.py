@@ -13,7 +13,7 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.solvers._base import Metrics, Solver, projected_gradient, projected_lower_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -154,7 +154,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         h = gap.direction(penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
         in_y, in_z = gap.residuals(penalty)
-        in_y, in_z = y - oracles.project_y(y - in_y), z - oracles.project_y(z - in_z)
+        in_y, in_z = projected_lower_gradient(oracles, y, in_y), projected_lower_gradient(oracles, z, in_z)
         return ProxF2SAState(
             x=oracles.project_x(new_x),
             y=y,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from bilevel.joint import joint_smoothness, natural_unit
 from bilevel.optimizers._base import at
 from bilevel.oracles import Oracles
-from bilevel.penalty import Gap, Schedule, check_schedule
+from bilevel.penalty import Gap, Schedule, check_schedule, moved
 from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.solvers._base import Metrics, Solver, projected_gradient, projected_lower_gradient
+from bilevel.status import InvalidProblem
 
 SAFE = 0.8
 """Steps of z in units of 1 / curvature; 2 is the limit."""
@@ -152,29 +152,23 @@ class VPBGD(Solver[VPBGDState]):
         s_z = SAFE / curvatures.lower if self.lower_lr is None else self.lower_lr
 
         for j in range(first, last + 1):
-            z = oracles.project_y(z - s_z * oracles.lower_gradient(x, z, j)[1])
+            z = oracles.project_y(moved(z, oracles.lower_gradient(x, z, j)[1], -s_z))
         gap = Gap.at(oracles, x, y, z, k, last, last)
         d_x = gap.direction(penalty)
-        d_y = gap.upper.y + penalty * gap.lower.y
+        d_y = moved(gap.upper.y, gap.lower.y, penalty)
 
-        at_z = gap.value.y
-        moves = (x - oracles.project_x(x - d_x), y - oracles.project_y(y - d_y), z - oracles.project_y(z - at_z))
-        missing = torch.full_like(gap.upper.value, nan)
+        residuals = (
+            projected_gradient(oracles, x, d_x),
+            projected_lower_gradient(oracles, y, d_y),
+            projected_lower_gradient(oracles, z, gap.value.y),
+        )
         return VPBGDState(
-            x=oracles.project_x(x - self.upper_factor * s_x * d_x),
-            y=oracles.project_y(y - s_y * d_y),
+            x=oracles.project_x(moved(x, d_x, -self.upper_factor * s_x)),
+            y=oracles.project_y(moved(y, d_y, -s_y)),
             z=z,
             step=k + 1,
             curvatures=curvatures,
-            metrics=Metrics(
-                upper_value=gap.upper.value,
-                stationarity=torch.cat([move.flatten() for move in moves]).norm(),
-                lower_value=gap.lower.value,
-                lower_gradient_norm=gap.lower.y.norm(),
-                residual=missing,
-                error_estimate=missing,
-                status=Status.CONVERGED,
-            ),
+            metrics=Metrics.unsolved(gap.upper.value, gap.lower.value, gap.lower.y, residuals),
         )
 
     def backtracked(self, factor: float) -> VPBGD:
