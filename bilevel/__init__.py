@@ -3,7 +3,6 @@
 from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.compare import compare
-from bilevel.conditions import Conditions, conditions
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
     ActiveSet,
@@ -33,6 +32,7 @@ from bilevel.linear import (
     Sama,
 )
 from bilevel.loop import solve
+from bilevel.lower_conditions import Conditions, conditions
 from bilevel.modules import FunctionalModule, functional
 from bilevel.optimizers import (
     LBFGS,

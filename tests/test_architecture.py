@@ -28,7 +28,7 @@ FLOORS = [
         "oracles",
         "multipliers",
         "feasibility",
-        "conditions",
+        "lower_conditions",
         "second_order",
         "captured",
         "dry_run",
