@@ -107,6 +107,29 @@ class DataExhausted(BilevelError):
     """A data source has nothing (more) to give."""
 
 
+class ReplayMismatch(BilevelError):
+    """A training step that was run again gave another state: the gradient would be that of another run.
+
+    Args:
+        message: which state differs, where, and what to try.
+        step: before which the state stands.
+        leaf: the name of the tensor that differs.
+        difference: the largest difference seen in it; nan where its structure differs.
+    """
+
+    def __init__(self, message: str, *, step: int, leaf: str, difference: float) -> None:
+        super().__init__(message)
+        self.step, self.leaf, self.difference = step, leaf, difference
+
+
+class CheckpointError(BilevelError):
+    """A stored state cannot be written or is damaged."""
+
+
+class OutOfMemory(BilevelError, MemoryError):
+    """Memory ran out; the message says what was held and which schedule takes less."""
+
+
 class LinearSolveFailed(BilevelError):
     """The linear system of the implicit hypergradient has no trustworthy solution.
 
