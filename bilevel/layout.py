@@ -122,13 +122,21 @@ class Layout:
         """
         lead = () if self.blocks is None else (self.blocks,)
         shapes = [(*lead, *shape) for shape in self.shapes]
-        leaves = list(_in_order(self.skeleton, variables))
+        leaves = self.leaves(variables)
         got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
         if got != shapes:
             found = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in named_leaves(variables)}
             raise InvalidProblem(f"expected leaves {dict(zip(self.names, shapes, strict=True))}, got {found}.")
         # A single leaf would come back as a view of the user's tensor: clone, so that nothing of theirs can change.
         return self.concat([leaf.detach().to(self.device, self.dtype) for leaf in leaves]).clone()
+
+    def leaves(self, variables: Variables) -> list[Any]:
+        """Return the leaves of `variables` in order, with their graphs.
+
+        Raises:
+            InvalidProblem: the structure differs from this layout's.
+        """
+        return list(_in_order(self.skeleton, variables))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return the leaves as views of `flat` (`[..., d]`), shapes `[..., *shape]`."""

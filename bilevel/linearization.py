@@ -69,6 +69,10 @@ class SecondDerivatives(ABC):
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return the leaves of J^T v = d<dg/dy, v>/dx; None for leaves of x that do not enter."""
 
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and the leaves of J^T v, after which no further product is asked for."""
+        return self.hvp(v), self.cross(v)
+
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to each of k vectors `[k, *]`, at most `chunk` at a time."""
         return torch.stack([self.hvp(v) for v in vectors])
@@ -118,12 +122,19 @@ class DoubleBackward(SecondDerivatives):
         """Return J^T v from the same graph."""
         return gradients(self._outputs, self._xs, self._y_layout.views(v), retain_graph=True)
 
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and J^T v by one backward pass, which frees the graph."""
+        found = gradients(self._outputs, [*self._ys, *self._xs], self._y_layout.views(v))
+        self._outputs.clear()
+        in_y, in_x = found[: len(self._ys)], found[len(self._ys) :]
+        return join(self._y_layout, in_y, (), v), in_x
+
 
 class ForwardOverReverse(SecondDerivatives):
     """A forward-mode derivative of the gradient for each product: nothing retained, four to eight times the cost."""
 
     def __init__(self, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor) -> None:
-        self._x_layout, self._y_layout = x_layout, y_layout
+        self._x_layout, self._y_layout, self._evaluate = x_layout, y_layout, evaluate
         self._xs = tuple(leaves_of(x_layout, x, requires_grad=False))
         self._ys = tuple(leaves_of(y_layout, y, requires_grad=False))
         self._in_y = torch.func.grad(lambda ys: evaluate(self._xs, ys))
@@ -141,6 +152,13 @@ class ForwardOverReverse(SecondDerivatives):
         tangents = (tuple(self._y_layout.views(v)),)
         tangent = torch.func.jvp(lambda ys: self._in_x(self._xs, ys), (self._ys,), tangents)[1]
         return list(tangent)
+
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and J^T v as one forward-mode derivative of the gradient in y and x."""
+        tangents = (tuple(self._y_layout.views(v)),)
+        both = torch.func.grad(lambda ys, xs: self._evaluate(xs, ys), argnums=(0, 1))
+        in_y, in_x = torch.func.jvp(lambda ys: both(ys, self._xs), (self._ys,), tangents)[1]
+        return join(self._y_layout, in_y, (), v), list(in_x)
 
 
 class Differences(SecondDerivatives):

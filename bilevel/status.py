@@ -168,6 +168,10 @@ class PrecisionWarning(BilevelWarning):
     """Numbers were promoted or are held in another precision than the user's."""
 
 
+class Chaotic(BilevelWarning):
+    """A cotangent grew so much on its way through training that the gradient holds in a tiny neighborhood only."""
+
+
 class MultiplierAtBound(BilevelWarning):
     """A multiplier reached its bound: if the true one is larger, the answer is wrong."""
 

@@ -31,6 +31,7 @@ FLOORS = [
         "second_order",
         "captured",
         "dry_run",
+        "training",
     },
     {"hypergradients"},
     {"solvers"},

@@ -98,6 +98,11 @@ class HypergradientDescent(Solver[DescentState]):
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InvalidProblem(f"clip_norm must be > 0, got {self.clip_norm}.")
 
+    @property
+    def replays(self) -> bool:
+        """Whether the estimator differentiates through training steps."""
+        return self.estimator.replays
+
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> DescentState:
         """Return the state before the first step; measures the lower curvature if the lower step length needs it."""
         self.refuse(oracles.problem)
