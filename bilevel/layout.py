@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, TypeAlias
 
@@ -20,7 +21,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 def named_leaves(variables: Variables, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield `(dotted name, leaf)` in order; a bare tensor is named by the prefix alone."""
-    if isinstance(variables, Mapping):
+    if isinstance(variables, Tensor):  # first: asking about Mapping is slow
+        yield prefix, variables
+    elif isinstance(variables, Mapping):
         for key, child in variables.items():
             yield from named_leaves(child, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(variables, Sequence) and not isinstance(variables, str | bytes):
@@ -32,6 +35,8 @@ def named_leaves(variables: Variables, prefix: str = "") -> Iterator[tuple[str, 
 
 def rebuild(like: Variables, leaves: Iterator[Any]) -> Variables:
     """Return the structure of `like` with its leaves replaced, in order, by `leaves`."""
+    if isinstance(like, int | Tensor):  # first: asking about Mapping is slow
+        return next(leaves)
     if isinstance(like, Mapping):
         return {key: rebuild(child, leaves) for key, child in like.items()}
     if isinstance(like, Sequence) and not isinstance(like, str | bytes):
@@ -97,12 +102,12 @@ class Layout:
             leaf_dtype=first.dtype if first.dtype in HALF else None,
         )
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each leaf (of one block)."""
         return tuple(prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Length d of the flat vector (of one block)."""
         return sum(self.sizes)
@@ -140,7 +145,7 @@ class Layout:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return the leaves as views of `flat` (`[..., d]`), shapes `[..., *shape]`."""
-        leaves = torch.split(flat, list(self.sizes), dim=-1) if len(self.sizes) > 1 else (flat,)
+        leaves = flat.split_with_sizes(self.sizes, dim=-1) if len(self.sizes) > 1 else (flat,)
         lead = flat.shape[:-1]
         return [leaf.view(lead + shape) for leaf, shape in zip(leaves, self.shapes, strict=True)]
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.layout import Layout
@@ -98,13 +99,22 @@ class DoubleBackward(SecondDerivatives):
         with torch.enable_grad(), kernel:
             value = evaluate(self._xs, self._ys)
             found = gradients([value], self._ys, create_graph=True)
-        self._outputs = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, self._ys, strict=True)]
-        self.value, self.gradient = value.detach(), join(y_layout, self._outputs, (), y)
+        # Edges of the graph instead of the gradient's leaves: those were just copied, and need not be held twice.
+        live = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+        self._live, self._edges = [i for i, _ in live], [get_gradient_edge(g) for _, g in live]
+        self.value, self.gradient = value.detach(), join(y_layout, found, (), y)
+
+    def _pull(self, inputs: Leaves, v: Tensor, **options: bool) -> list[Tensor | None]:
+        """Return d<gradient, v>/d(inputs)."""
+        if not self._live:
+            return [None] * len(inputs)
+        views = self._y_layout.views(v)
+        along = [views[i] for i in self._live]
+        return list(torch.autograd.grad(self._edges, inputs, along, allow_unused=True, **options))
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v by one backward pass over the retained graph."""
-        found = gradients(self._outputs, self._ys, self._y_layout.views(v), retain_graph=True)
-        return join(self._y_layout, found, (), v)
+        return join(self._y_layout, self._pull(self._ys, v, retain_graph=True), (), v)
 
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to k vectors, `chunk` at a time in one vectorized backward pass."""
@@ -112,20 +122,17 @@ class DoubleBackward(SecondDerivatives):
             return super().hvps(vectors, chunk)
         parts = []
         for part in vectors.split(chunk):
-            found = gradients(
-                self._outputs, self._ys, self._y_layout.views(part), retain_graph=True, is_grads_batched=True
-            )
+            found = self._pull(self._ys, part, retain_graph=True, is_grads_batched=True)
             parts.append(join(self._y_layout, found, part.shape[:1], part))
         return torch.cat(parts)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return J^T v from the same graph."""
-        return gradients(self._outputs, self._xs, self._y_layout.views(v), retain_graph=True)
+        return self._pull(self._xs, v, retain_graph=True)
 
     def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return H v and J^T v by one backward pass, which frees the graph."""
-        found = gradients(self._outputs, [*self._ys, *self._xs], self._y_layout.views(v))
-        self._outputs.clear()
+        found = self._pull([*self._ys, *self._xs], v)
         in_y, in_x = found[: len(self._ys)], found[len(self._ys) :]
         return join(self._y_layout, in_y, (), v), in_x
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.declared import Declared
@@ -102,31 +103,41 @@ class Training:
             self.oracles.count(gradients=1)
             gradient = self._declared.add_gradient(parts.gradient, state.y)
         xs = leaves_of(self.oracles.x_layout, self.x)
-        inputs = [t.detach().requires_grad_() for t in (state.y, gradient, *tensors_of(state.optimizer))]
+        buffers = tensors_of(state.optimizer)
         with torch.enable_grad():
+            inputs = [_source(t) for t in (state.y, gradient, *buffers)]
             optimizer_state = with_tensors(state.optimizer, inputs[2:])
             y, after = self.optimizer.update(inputs[0], inputs[1], optimizer_state, self.oracles.x_layout.nest(xs))
+        # Only what the derivative needs is held: not the values of inputs and outputs.
         outputs = [y, *tensors_of(after)]
+        live = [i for i, t in enumerate(outputs) if t.requires_grad]
+        ends: list[Any] = [get_gradient_edge(outputs[i]) for i in live]
+        starts: list[Any] = [*(get_gradient_edge(t) for t in inputs), *xs]
+        shapes = [(b.shape, b.dtype, b.device) for b in buffers]
+        reached = TrainingState(y.detach(), with_tensors(after, [t.detach() for t in outputs[1:]]))
+        at = state.y if parts is None or self._declared.regularizer is not None else None
+        count = len(inputs)
+        del inputs, outputs, optimizer_state, y, after, gradient, buffers, state
 
         def pull(a: Cotangent) -> Cotangent:
-            found = gradients(outputs, [*inputs, *xs], [a.y, *a.optimizer])
-            in_y, u, in_buffers, in_x = found[0], found[1], found[2 : len(inputs)], found[len(inputs) :]
-            outputs.clear()
-            x = [leaf for leaf in in_x if leaf is not None]
-            added = join(self.oracles.x_layout, in_x, (), self.x) if x else None
+            along = [a.y, *a.optimizer]
+            found = torch.autograd.grad(ends, starts, [along[i] for i in live], allow_unused=True)
+            in_y, u, in_buffers, in_x = found[0], found[1], found[2:count], found[count:]
+            added = join(self.oracles.x_layout, in_x, (), self.x) if any(g is not None for g in in_x) else None
             y_total = torch.zeros_like(a.y) if in_y is None else in_y
             if u is not None:
-                through_y, through_x = self._products(step, state.y, u, parts)
+                through_y, through_x = self._products(step, at, u, parts)
                 # Several leaves were just concatenated; the product of a single one may be u itself.
                 fresh = len(self.oracles.y_layout.names) > 1
                 y_total = through_y.add_(y_total) if fresh else through_y + y_total
                 added = through_x if added is None else added + through_x if through_x is not None else added
-            buffers = tuple(
-                torch.zeros_like(b) if g is None else g for g, b in zip(in_buffers, inputs[2:], strict=True)
+            filled = tuple(
+                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+                for g, (shape, dtype, device) in zip(in_buffers, shapes, strict=True)
             )
-            return self._checked(step, a, y_total, buffers, added)
+            return self._checked(step, a, y_total, filled, added)
 
-        return TrainingState(y.detach(), with_tensors(after, [t.detach() for t in tensors_of(after)])), pull
+        return reached, pull
 
     def _checked(
         self, step: int, a: Cotangent, y: Tensor, buffers: tuple[Tensor, ...], added: Tensor | None
@@ -175,7 +186,7 @@ class Training:
         return self._declared.add_gradient(total, y)
 
     def _products(
-        self, step: int, y: Tensor, u: Tensor, whole: SecondDerivatives | None
+        self, step: int, y: Tensor | None, u: Tensor, whole: SecondDerivatives | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return H u and J^T u (None where x does not enter)."""
         self.oracles.count(hvps=1, crosses=1)
@@ -183,12 +194,14 @@ class Training:
         if whole is not None:
             in_y, in_x = whole.both_products(u)
         else:
+            assert y is not None
             in_y, in_x = torch.zeros_like(y), [None] * len(self.oracles.x_layout.names)
             for rows, share in self._parts(self.first_batch + step):
                 part_y, part_x = self._linearized(step, y, rows).both_products(share * u)
                 in_y.add_(part_y)
                 in_x = _added(in_x, part_x)
         if self._declared.regularizer is not None:
+            assert y is not None
             in_y = in_y + self._declared.hvp(y, u)
             in_x = _added(in_x, self._declared.cross(y, u))
         if all(leaf is None for leaf in in_x):
@@ -214,6 +227,23 @@ class Training:
     @cached_property
     def _nested(self) -> Any:
         return self.oracles.x_layout.unflatten(self.x)
+
+
+class _Source(torch.autograd.Function):
+    """The identity, at whose output a derivative ends: unlike a leaf, its node does not hold the value."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _source(value: Tensor) -> Tensor:
+    source: Tensor = _Source.apply(value.detach(), torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return source
 
 
 def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:

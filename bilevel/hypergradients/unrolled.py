@@ -260,7 +260,7 @@ class Unrolled(Trained):
         anew: bool,
     ) -> Tensor:
         """Estimate the distance to the derivative of the training run, or of its limit where training goes on."""
-        error = rounding(gradient, self.steps) * found.growth.clamp_min(1.0)
+        error: Tensor = rounding(gradient, self.steps) * found.growth.clamp_min(1.0)
         if not anew:
             longer = self._visit(training, start, 2 * self.steps, upper_step)
             return error + 1.25 * (longer.x - gradient).norm()

@@ -101,6 +101,15 @@ def scale(value: Hyperparameter, factor: float) -> Hyperparameter:
     return _Scaled(value, factor) if callable(value) else value * factor
 
 
+def plus(base: Tensor, factor: float | Tensor, direction: Tensor, sign: int = 1) -> Tensor:
+    """Return `base ± factor direction` without a temporary vector: fresh memory costs more than arithmetic."""
+    if not isinstance(factor, Tensor):
+        return torch.add(base, direction, alpha=sign * float(factor))
+    if factor.dtype == base.dtype == direction.dtype and factor.device == base.device:
+        return torch.addcmul(base, direction, factor, value=sign)
+    return base + sign * (factor * direction)
+
+
 def root(value: Tensor) -> Tensor:
     """Return sqrt(value) with derivative 0, not infinity, where value is 0; the values are those of `torch.sqrt`."""
     positive = value > 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.optimizers._base import Hyperparameter, Optimizer
-from bilevel.optimizers._hyperparameters import check, check_flag, is_zero, resolve, scale
+from bilevel.optimizers._hyperparameters import check, check_flag, is_zero, plus, resolve, scale
 from bilevel.status import InvalidProblem
 
 
@@ -93,17 +93,20 @@ class SGD(Optimizer[SGDState]):
         lr = resolve("lr", self._rate(), x, state.step, y)
         direction = -gradient if self.maximize else gradient
         if not is_zero(self.weight_decay):
-            direction = direction + resolve("weight_decay", self.weight_decay, x, state.step, y) * y
+            direction = plus(direction, resolve("weight_decay", self.weight_decay, x, state.step, y), y)
         if is_zero(self.momentum):
-            return y - lr * direction, SGDState(state.step + 1, state.buffer)
+            return plus(y, lr, direction, -1), SGDState(state.step + 1, state.buffer)
         momentum = resolve("momentum", self.momentum, x, state.step, y)
-        if state.step == 0:
-            buffer = direction
-        else:
-            dampening = resolve("dampening", self.dampening, x, state.step, y)
-            buffer = momentum * state.buffer + (1 - dampening) * direction
-        direction = direction + momentum * buffer if self.nesterov else buffer
-        return y - lr * direction, SGDState(state.step + 1, buffer)
+        buffer = direction
+        if state.step > 0:
+            buffer = plus(self._damped(direction, state.step, x, y), momentum, state.buffer)
+        direction = plus(direction, momentum, buffer) if self.nesterov else buffer
+        return plus(y, lr, direction, -1), SGDState(state.step + 1, buffer)
+
+    def _damped(self, direction: Tensor, step: int, x: Any, y: Tensor) -> Tensor:
+        if is_zero(self.dampening):
+            return direction
+        return (1 - resolve("dampening", self.dampening, x, step, y)) * direction
 
     def with_lr(self, lr: Hyperparameter) -> SGD:
         """Return this optimizer with the step length `lr`."""
