@@ -37,7 +37,7 @@ def rebuild(like: Variables, leaves: Iterator[Any]) -> Variables:
     """Return the structure of `like` with its leaves replaced, in order, by `leaves`."""
     if isinstance(like, int | Tensor):  # first: asking about Mapping is slow
         return next(leaves)
-    if isinstance(like, Mapping):
+    if isinstance(like, dict | Mapping):
         return {key: rebuild(child, leaves) for key, child in like.items()}
     if isinstance(like, Sequence) and not isinstance(like, str | bytes):
         children = [rebuild(child, leaves) for child in like]

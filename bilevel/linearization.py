@@ -42,11 +42,16 @@ def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...],
     rows = () if layout.blocks is None else (layout.blocks,)
     if all(leaf is None for leaf in leaves):
         return like.new_zeros((*lead, *rows, layout.size))
+    return _concatenated(layout, leaves, like, lead).detach()
+
+
+def _concatenated(layout: Layout, leaves: Sequence[Tensor | None], like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+    rows = () if layout.blocks is None else (layout.blocks,)
     filled = [
         like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf
         for leaf, shape in zip(leaves, layout.shapes, strict=True)
     ]
-    return layout.concat(filled).detach()
+    return layout.concat(filled)
 
 
 class SecondDerivatives(ABC):
@@ -80,7 +85,13 @@ class SecondDerivatives(ABC):
 
 
 class DoubleBackward(SecondDerivatives):
-    """One retained graph of the gradient; each product is one more backward pass over it."""
+    """One retained graph of the gradient; each product is one more backward pass over it.
+
+    Attributes:
+        xs: the leaves of x in the graph.
+        ys: those of y.
+        traced: the flat gradient with its graph.
+    """
 
     def __init__(
         self,
@@ -95,26 +106,24 @@ class DoubleBackward(SecondDerivatives):
         # Fused attention has no double backward. The manager must wrap the building of the graph, and may end after it.
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
         self._y_layout = y_layout
-        self._xs, self._ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
+        self.xs, self.ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
         with torch.enable_grad(), kernel:
-            value = evaluate(self._xs, self._ys)
-            found = gradients([value], self._ys, create_graph=True)
-        # Edges of the graph instead of the gradient's leaves: those were just copied, and need not be held twice.
-        live = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
-        self._live, self._edges = [i for i, _ in live], [get_gradient_edge(g) for _, g in live]
-        self.value, self.gradient = value.detach(), join(y_layout, found, (), y)
+            value = evaluate(self.xs, self.ys)
+            found = gradients([value], self.ys, create_graph=True)
+            # The derivative of a concatenation is views: products of the flat gradient cost what those of leaves do.
+            self.traced = _concatenated(y_layout, found, y)
+        self._edge = get_gradient_edge(self.traced) if self.traced.requires_grad else None
+        self.value, self.gradient = value.detach(), self.traced.detach()
 
     def _pull(self, inputs: Leaves, v: Tensor, **options: bool) -> list[Tensor | None]:
         """Return d<gradient, v>/d(inputs)."""
-        if not self._live:
+        if self._edge is None:
             return [None] * len(inputs)
-        views = self._y_layout.views(v)
-        along = [views[i] for i in self._live]
-        return list(torch.autograd.grad(self._edges, inputs, along, allow_unused=True, **options))
+        return list(torch.autograd.grad([self._edge], inputs, [v], allow_unused=True, **options))
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v by one backward pass over the retained graph."""
-        return join(self._y_layout, self._pull(self._ys, v, retain_graph=True), (), v)
+        return join(self._y_layout, self._pull(self.ys, v, retain_graph=True), (), v)
 
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to k vectors, `chunk` at a time in one vectorized backward pass."""
@@ -122,18 +131,18 @@ class DoubleBackward(SecondDerivatives):
             return super().hvps(vectors, chunk)
         parts = []
         for part in vectors.split(chunk):
-            found = self._pull(self._ys, part, retain_graph=True, is_grads_batched=True)
+            found = self._pull(self.ys, part, retain_graph=True, is_grads_batched=True)
             parts.append(join(self._y_layout, found, part.shape[:1], part))
         return torch.cat(parts)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return J^T v from the same graph."""
-        return self._pull(self._xs, v, retain_graph=True)
+        return self._pull(self.xs, v, retain_graph=True)
 
     def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return H v and J^T v by one backward pass, which frees the graph."""
-        found = self._pull([*self._ys, *self._xs], v)
-        in_y, in_x = found[: len(self._ys)], found[len(self._ys) :]
+        found = self._pull([*self.ys, *self.xs], v)
+        in_y, in_x = found[: len(self.ys)], found[len(self.ys) :]
         return join(self._y_layout, in_y, (), v), in_x
 
 

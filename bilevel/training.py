@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.declared import Declared
-from bilevel.layout import named_leaves, rebuild
-from bilevel.linearization import SecondDerivatives, gradients, join, leaves_of, second_derivatives
+from bilevel.linearization import DoubleBackward, SecondDerivatives, gradients, join, leaves_of, second_derivatives
 from bilevel.optimizers import Optimizer
 from bilevel.oracles import Oracles, tensors_in
 from bilevel.status import InvalidProblem, NonFinite
@@ -51,15 +50,14 @@ class Cotangent(NamedTuple):
 
 
 def tensors_of(optimizer_state: Any) -> list[Tensor]:
-    """Return the tensors of an optimizer's state, in order."""
-    return tensors_in(optimizer_state)
+    """Return the tensors of an optimizer's state (a NamedTuple), in order."""
+    return [field for field in optimizer_state if isinstance(field, Tensor)]
 
 
-def with_tensors(optimizer_state: Any, tensors: list[Tensor]) -> Any:
+def with_tensors(optimizer_state: Any, tensors: Iterable[Tensor]) -> Any:
     """Return an optimizer's state with other tensors, in order."""
     rest = iter(tensors)
-    leaves = (next(rest) if isinstance(leaf, Tensor) else leaf for _, leaf in named_leaves(optimizer_state))
-    return rebuild(optimizer_state, leaves)
+    return type(optimizer_state)(*(next(rest) if isinstance(f, Tensor) else f for f in optimizer_state))
 
 
 @dataclass(frozen=True)
@@ -96,52 +94,38 @@ class Training:
 
     def linearize(self, step: int, state: TrainingState) -> tuple[TrainingState, Callable[[Cotangent], Cotangent]]:
         """Return the state after a step, and the map that pulls a cotangent back through it."""
-        parts = self._linearized(step, state.y) if self.microbatches == 1 else None
-        if parts is None:
-            gradient = self._gradient(step, state.y)
-        else:
-            self.oracles.count(gradients=1)
-            gradient = self._declared.add_gradient(parts.gradient, state.y)
-        xs = leaves_of(self.oracles.x_layout, self.x)
-        buffers = tensors_of(state.optimizer)
+        oracles, y = self.oracles, state.y
+        core = self._linearized(step, y) if self.microbatches == 1 else None
+        # Where the gradient has a graph, the update is added to it; where its products come otherwise, a graph starts.
+        one_graph = isinstance(core, DoubleBackward)
         with torch.enable_grad():
-            inputs = [_source(t) for t in (state.y, gradient, *buffers)]
-            optimizer_state = with_tensors(state.optimizer, inputs[2:])
-            y, after = self.optimizer.update(inputs[0], inputs[1], optimizer_state, self.oracles.x_layout.nest(xs))
-        # Only what the derivative needs is held: not the values of inputs and outputs.
-        outputs = [y, *tensors_of(after)]
-        live = [i for i, t in enumerate(outputs) if t.requires_grad]
-        ends: list[Any] = [get_gradient_edge(outputs[i]) for i in live]
-        starts: list[Any] = [*(get_gradient_edge(t) for t in inputs), *xs]
-        shapes = [(b.shape, b.dtype, b.device) for b in buffers]
-        reached = TrainingState(y.detach(), with_tensors(after, [t.detach() for t in outputs[1:]]))
-        at = state.y if parts is None or self._declared.regularizer is not None else None
-        count = len(inputs)
-        del inputs, outputs, optimizer_state, y, after, gradient, buffers, state
+            if core is None:
+                gradient = traced = _source(self._gradient(step, y))
+            else:
+                oracles.count(gradients=1)
+                traced = core.traced if isinstance(core, DoubleBackward) else _source(core.gradient)
+                gradient = self._declared.add_gradient(traced, y)
+            xs = core.xs if isinstance(core, DoubleBackward) else leaves_of(oracles.x_layout, self.x)
+            before = [_source(t) for t in (y, *tensors_of(state.optimizer))]
+            optimizer_state = with_tensors(state.optimizer, before[1:])
+            after_y, after = self.optimizer.update(before[0], gradient, optimizer_state, oracles.x_layout.nest(xs))
+        outputs = [after_y, *tensors_of(after)]
+        pullback = _Pullback(
+            self, step, y,
+            core=None if one_graph else core,
+            ends=[None if not t.requires_grad else get_gradient_edge(t) for t in outputs],
+            starts=[get_gradient_edge(t) for t in before],
+            like=[(t.shape, t.dtype, t.device) for t in before],
+            middle=None if one_graph and self._declared.regularizer is None else get_gradient_edge(traced),
+            xs=xs,
+            ys=core.ys if isinstance(core, DoubleBackward) else [],
+        )  # fmt: skip
+        return TrainingState(outputs[0].detach(), with_tensors(after, [t.detach() for t in outputs[1:]])), pullback
 
-        def pull(a: Cotangent) -> Cotangent:
-            along = [a.y, *a.optimizer]
-            found = torch.autograd.grad(ends, starts, [along[i] for i in live], allow_unused=True)
-            in_y, u, in_buffers, in_x = found[0], found[1], found[2:count], found[count:]
-            added = join(self.oracles.x_layout, in_x, (), self.x) if any(g is not None for g in in_x) else None
-            y_total = torch.zeros_like(a.y) if in_y is None else in_y
-            if u is not None:
-                through_y, through_x = self._products(step, at, u, parts)
-                # Several leaves were just concatenated; the product of a single one may be u itself.
-                fresh = len(self.oracles.y_layout.names) > 1
-                y_total = through_y.add_(y_total) if fresh else through_y + y_total
-                added = through_x if added is None else added + through_x if through_x is not None else added
-            filled = tuple(
-                torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                for g, (shape, dtype, device) in zip(in_buffers, shapes, strict=True)
-            )
-            return self._checked(step, a, y_total, filled, added)
-
-        return reached, pull
-
-    def _checked(
+    def checked(
         self, step: int, a: Cotangent, y: Tensor, buffers: tuple[Tensor, ...], added: Tensor | None
     ) -> Cotangent:
+        """Return the cotangent before a step, or say where it ceased to be finite."""
         size = y.norm()
         contribution = size.new_zeros(()) if added is None else added.norm()
         if not bool((size + contribution).isfinite()):
@@ -185,28 +169,25 @@ class Training:
             total.add_(join(oracles.y_layout, found, (), y), alpha=share)
         return self._declared.add_gradient(total, y)
 
-    def _products(
-        self, step: int, y: Tensor | None, u: Tensor, whole: SecondDerivatives | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return H u and J^T u (None where x does not enter)."""
+    def products(
+        self, step: int, y: Tensor, u: Tensor, core: SecondDerivatives | None
+    ) -> tuple[Tensor | float, list[Tensor | None]]:
+        """Return H u, and the leaves of J^T u (None where x does not enter), by `core` or else part by part."""
         self.oracles.count(hvps=1, crosses=1)
-        in_x: list[Tensor | None]
-        if whole is not None:
-            in_y, in_x = whole.both_products(u)
+        if core is not None:
+            in_y, in_x = core.both_products(u)
         else:
-            assert y is not None
             in_y, in_x = torch.zeros_like(y), [None] * len(self.oracles.x_layout.names)
             for rows, share in self._parts(self.first_batch + step):
                 part_y, part_x = self._linearized(step, y, rows).both_products(share * u)
                 in_y.add_(part_y)
                 in_x = _added(in_x, part_x)
-        if self._declared.regularizer is not None:
-            assert y is not None
-            in_y = in_y + self._declared.hvp(y, u)
-            in_x = _added(in_x, self._declared.cross(y, u))
-        if all(leaf is None for leaf in in_x):
-            return in_y, None
-        return in_y, join(self.oracles.x_layout, in_x, (), self.x)
+        declared_y, declared_x = self.declared_products(y, u)
+        return in_y + declared_y, _added(in_x, declared_x)
+
+    def declared_products(self, y: Tensor, u: Tensor) -> tuple[Tensor | float, list[Tensor | None]]:
+        """Return what the declared regularizer adds to them."""
+        return self._declared.hvp(y, u), self._declared.cross(y, u)
 
     def _parts(self, number: int) -> list[tuple[slice, float]]:
         lengths = {t.shape[0] if t.dim() else 0 for t in tensors_in(self.oracles.batch("lower", number))}
@@ -229,6 +210,61 @@ class Training:
         return self.oracles.x_layout.unflatten(self.x)
 
 
+@dataclass(frozen=True)
+class _Pullback:
+    """The derivative of one step, transposed. It holds edges of a graph: unlike tensors they do not hold values.
+
+    Args:
+        training: whose step.
+        step: which.
+        y: before it.
+        core: gives products with H and J, where they are not part of the graph.
+        ends: the weights and buffers after the step, None where nothing differentiable leads there.
+        starts: those before the step, in the update alone.
+        like: shape, dtype and device of each.
+        middle: the gradient, where products with what led to it are added here.
+        xs: the leaves of x.
+        ys: the leaves of y in the graph of the gradient.
+    """
+
+    training: Training
+    step: int
+    y: Tensor
+    core: SecondDerivatives | None
+    ends: list[GradientEdge | None]
+    starts: list[GradientEdge]
+    like: list[tuple[torch.Size, torch.dtype, torch.device]]
+    middle: GradientEdge | None
+    xs: list[Tensor]
+    ys: list[Tensor]
+
+    def __call__(self, a: Cotangent) -> Cotangent:
+        oracles, count = self.training.oracles, len(self.starts)
+        pairs = [(end, v) for end, v in zip(self.ends, (a.y, *a.optimizer), strict=True) if end is not None]
+        middle = [] if self.middle is None else [self.middle]
+        inputs: list[Any] = [*self.starts, *self.ys, *self.xs, *middle]
+        found = torch.autograd.grad([end for end, _ in pairs], inputs, [v for _, v in pairs], allow_unused=True)
+        before = [
+            torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+            for g, (shape, dtype, device) in zip(found[:count], self.like, strict=True)
+        ]
+        y = before[0]
+        in_x: list[Tensor | None] = list(found[count + len(self.ys) : len(inputs) - len(middle)])
+        if self.ys:
+            oracles.count(hvps=1, crosses=1)
+            y = y + join(oracles.y_layout, found[count : count + len(self.ys)], (), y)
+        u = found[-1] if middle else None
+        if u is not None:
+            multiply = self.training.declared_products if self.ys else self._products
+            in_y, more = multiply(self.y, u)
+            y, in_x = y + in_y, _added(in_x, more)
+        added = None if all(g is None for g in in_x) else join(oracles.x_layout, in_x, (), a.x)
+        return self.training.checked(self.step, a, y, tuple(before[1:]), added)
+
+    def _products(self, y: Tensor, u: Tensor) -> tuple[Tensor | float, list[Tensor | None]]:
+        return self.training.products(self.step, y, u, self.core)
+
+
 class _Source(torch.autograd.Function):
     """The identity, at whose output a derivative ends: unlike a leaf, its node does not hold the value."""
 
@@ -246,5 +282,5 @@ def _source(value: Tensor) -> Tensor:
     return source
 
 
-def _added(one: list[Tensor | None], other: list[Tensor | None]) -> list[Tensor | None]:
+def _added(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]

@@ -263,7 +263,8 @@ class Unrolled(Trained):
         error: Tensor = rounding(gradient, self.steps) * found.growth.clamp_min(1.0)
         if not anew:
             longer = self._visit(training, start, 2 * self.steps, upper_step)
-            return error + 1.25 * (longer.x - gradient).norm()
+            error = error + 1.25 * (longer.x - gradient).norm()
+            return error
         if self._whole:
             return error
         # Contributions of earlier steps shrink like the cotangent did on its way here: a geometric series.
