@@ -49,6 +49,17 @@ class Cotangent(NamedTuple):
     contribution: Tensor
 
 
+class Tangent(NamedTuple):
+    """The derivative of a training state along one direction of x: in the weights, in the optimizer's tensors, and x.
+
+    `x` is the direction itself, `[p]`.
+    """
+
+    y: Tensor
+    optimizer: tuple[Tensor, ...]
+    x: Tensor
+
+
 def tensors_of(optimizer_state: Any) -> list[Tensor]:
     """Return the tensors of an optimizer's state (a NamedTuple), in order."""
     return [field for field in optimizer_state if isinstance(field, Tensor)]
@@ -121,6 +132,41 @@ class Training:
             ys=core.ys if isinstance(core, DoubleBackward) else [],
         )  # fmt: skip
         return TrainingState(outputs[0].detach(), with_tensors(after, [t.detach() for t in outputs[1:]])), pullback
+
+    def push(self, step: int, state: TrainingState, tangents: Sequence[Tangent]) -> tuple[TrainingState, list[Tangent]]:
+        """Return the state after a step, and the tangents pushed forward through it.
+
+        The pullback is linear in the cotangent u; its derivative in u, transposed, is the push-forward.
+        """
+        oracles, layouts = self.oracles, (self.oracles.y_layout, self.oracles.x_layout)
+        core = self._linearized(step, state.y)
+        if not isinstance(core, DoubleBackward):
+            raise InvalidProblem(
+                f"forward mode needs a lower objective that is differentiated by double backward, not by {oracles.way}; "
+                "use Unrolled, or ZerothOrder."
+            )
+        oracles.count(gradients=1, hvps=len(tangents))
+        with torch.enable_grad():
+            before = [_source(t) for t in (state.y, *tensors_of(state.optimizer))]
+            nested = oracles.x_layout.nest(core.xs)
+            gradient = core.traced
+            if self._declared.regularizer is not None:
+                regularizer = self._declared.regularizer
+                coefficients = regularizer.coefficients(nested, oracles.y_layout)
+                gradient = gradient + regularizer.gradient(coefficients, before[0])
+            buffers = with_tensors(state.optimizer, before[1:])
+            after_y, after = self.optimizer.update(before[0], gradient, buffers, nested)
+            outputs = [after_y, *tensors_of(after)]
+            us = [torch.zeros_like(t).requires_grad_() for t in outputs]
+            pulled = gradients(outputs, [*before, *core.ys, *core.xs], us, create_graph=True)
+        pushed = []
+        for t in tangents:
+            along = [t.y, *t.optimizer, *layouts[0].views(t.y), *layouts[1].views(t.x)]
+            kept = [(p, v) for p, v in zip(pulled, along, strict=True) if p is not None]
+            found = gradients([p for p, _ in kept], us, [v for _, v in kept], retain_graph=True)
+            moved = [torch.zeros_like(u) if g is None else g for g, u in zip(found, us, strict=True)]
+            pushed.append(Tangent(moved[0], tuple(moved[1:]), t.x))
+        return TrainingState(after_y.detach(), with_tensors(after, [t.detach() for t in outputs[1:]])), pushed
 
     def checked(
         self, step: int, a: Cotangent, y: Tensor, buffers: tuple[Tensor, ...], added: Tensor | None
