@@ -5,13 +5,20 @@ from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
+    PES,
     ActiveSet,
     Certificate,
     Estimator,
+    ForwardMode,
     Hypergradient,
     Implicit,
+    PoolGradient,
+    TrainingRun,
+    Unrolled,
+    ZerothOrder,
     hypergradient,
     implicit_function,
+    metagradient,
 )
 from bilevel.linear import (
     CG,
@@ -32,10 +39,24 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.modules import FunctionalModule, functional
-from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, Power, StepDecay, from_torch
+from bilevel.optimizers import (
+    LBFGS,
+    SGD,
+    Adam,
+    AdamW,
+    Cosine,
+    CountSteps,
+    L1Normalized,
+    Optimizer,
+    Power,
+    Sign,
+    StepDecay,
+    from_torch,
+)
 from bilevel.oracles import Counts, Oracles
 from bilevel.problem import Problem
 from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
+from bilevel.replay import Binomial, Disk, Host, KAry, Memory, Schedule, Sqrt, Store, StoreAll, Visited
 from bilevel.session import Session
 from bilevel.sets import Affine, Ball, Box, Halfspace, L1Ball, NonNegative, Product, Set, Simplex
 from bilevel.solution import History, Solution
@@ -53,6 +74,7 @@ from bilevel.solvers import (
     MEHA,
     VPBGD,
     HypergradientDescent,
+    Metagradient,
     ProxF2SA,
     SparseDescent,
     amigo,
@@ -60,11 +82,14 @@ from bilevel.solvers import (
     implicit,
     neumann,
     nystrom,
+    unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
+    Chaotic,
+    CheckpointError,
     DataExhausted,
     Diverged,
     HypergradientInaccurate,
@@ -73,7 +98,9 @@ from bilevel.status import (
     LinearSolveFailed,
     NonDeterministic,
     NonFinite,
+    OutOfMemory,
     PrecisionWarning,
+    ReplayMismatch,
     SecondOrderFallback,
     SecondOrderUnsupported,
     SolveFailed,
@@ -82,17 +109,19 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
-    "BilevelWarning", "Box", "CSVLogger", "Certificate", "Cosine", "Counts", "DataExhausted", "DataSource", "Dense",
-    "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full", "FunctionalModule", "GroupL1",
-    "Halfspace", "History", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity",
-    "Implicit", "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "L1Ball", "LinearSolution",
-    "LinearSolveFailed", "LinearSolver", "Loader", "Metrics", "Neumann", "NonDeterministic", "NonFinite",
-    "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles", "Power",
-    "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer", "Sama", "SecondOrderFallback",
-    "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex", "Solution", "SolveFailed", "Solver",
-    "SparseDescent", "SparseGroupL1", "Status", "StepDecay", "UnusedHyperparameter", "amigo", "compare", "from_torch",
-    "functional", "hypergradient", "imaml", "implicit", "implicit_function", "neumann", "nystrom", "problems",
-    "solve",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
+    "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Cosine",
+    "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged", "EarlyStopping", "ElasticNet",
+    "Estimator", "Event", "ForwardMode", "Full", "FunctionalModule", "GroupL1", "Halfspace", "History", "Host",
+    "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity", "Implicit",
+    "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "KAry", "L1Ball", "L1Normalized", "LinearSolution",
+    "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metrics", "Neumann", "NonDeterministic",
+    "NonFinite", "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator", "Optimizer", "Oracles",
+    "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "Regularizer",
+    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
+    "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status",
+    "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder",
+    "amigo", "compare", "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function",
+    "metagradient", "neumann", "nystrom", "problems", "solve", "unrolled",
 ]  # fmt: skip

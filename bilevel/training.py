@@ -142,8 +142,8 @@ class Training:
         core = self._linearized(step, state.y)
         if not isinstance(core, DoubleBackward):
             raise InvalidProblem(
-                f"forward mode needs a lower objective that is differentiated by double backward, not by {oracles.way}; "
-                "use Unrolled, or ZerothOrder."
+                "forward mode needs a lower objective that is differentiated by double backward, not by "
+                f"{oracles.way}; use Unrolled, or ZerothOrder."
             )
         oracles.count(gradients=1, hvps=len(tangents))
         with torch.enable_grad():
@@ -167,6 +167,14 @@ class Training:
             moved = [torch.zeros_like(u) if g is None else g for g, u in zip(found, us, strict=True)]
             pushed.append(Tangent(moved[0], tuple(moved[1:]), t.x))
         return TrainingState(after_y.detach(), with_tensors(after, [t.detach() for t in outputs[1:]])), pushed
+
+    def cotangent_of_gradient(self, step: int, state: TrainingState, a: Cotangent) -> Tensor:
+        """Return u, the cotangent of the lower gradient in a step, given that of the state after it."""
+        with torch.enable_grad():
+            gradient = self._gradient(step, state.y).requires_grad_()
+            y, after = self.optimizer.update(state.y, gradient, state.optimizer, self._nested)
+            (found,) = gradients([y, *tensors_of(after)], [gradient], [a.y, *a.optimizer])
+        return torch.zeros_like(gradient) if found is None else found
 
     def checked(
         self, step: int, a: Cotangent, y: Tensor, buffers: tuple[Tensor, ...], added: Tensor | None

@@ -49,6 +49,7 @@ def visit(
     state: TrainingState,
     steps: int,
     *,
+    first: int = 0,
     upper_step: int = 0,
     truncate: int | None = None,
     schedule: Schedule | None = None,
@@ -63,17 +64,18 @@ def visit(
         training: the lower steps at one x.
         state: before the first step.
         steps: T.
+        first: number of the first step.
         upper_step: which upper batch.
         truncate: visit the last so many steps only.
         schedule: which states to store.
         store: where to.
         verify: that states computed again are the same.
     """
-    oracles, x, first = training.oracles, training.x, 0
+    oracles, x, stop = training.oracles, training.x, first + steps
     if truncate is not None and truncate < steps:
-        for step in range(steps - truncate):
+        for step in range(first, stop - truncate):
             state = training.advance(step, state)
-        first = steps - truncate
+        first = stop - truncate
     end: list[tuple[UpperGradient, TrainingState]] = []
 
     def head(last: TrainingState) -> Cotangent:
@@ -84,12 +86,12 @@ def visit(
         return Cotangent(upper.y, buffers, upper.x, norm, norm.new_zeros(()))
 
     a, visited = reverse(
-        training, state, steps - first, head, first=first, schedule=schedule, store=store, verify=verify,
+        training, state, stop - first, head, first=first, schedule=schedule, store=store, verify=verify,
         fingerprint=_fingerprint(training, upper_step),
     )  # fmt: skip
     if not end:  # resumed after the head: train on from here to know where it ended
         last = state
-        for step in range(first, steps):
+        for step in range(first, stop):
             last = training.advance(step, last)
         end.append((oracles.upper_gradient(x, last.y, upper_step), last))
     upper, last = end[0]
@@ -264,8 +266,7 @@ class Unrolled(Trained):
         if not anew:
             longer = self._visit(training, start, 2 * self.steps, upper_step)
             error = error + 1.25 * (longer.x - gradient).norm()
-            return error
-        if self._whole:
+        if not anew or self._whole:
             return error
         # Contributions of earlier steps shrink like the cotangent did on its way here: a geometric series.
         assert self.truncate is not None

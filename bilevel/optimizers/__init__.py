@@ -6,5 +6,20 @@ from bilevel.optimizers.from_torch import from_torch
 from bilevel.optimizers.lbfgs import LBFGS
 from bilevel.optimizers.schedules import Cosine, Power, StepDecay
 from bilevel.optimizers.sgd import SGD
+from bilevel.optimizers.sign import CountSteps, L1Normalized, Sign
 
-__all__ = ["LBFGS", "SGD", "Adam", "AdamW", "Cosine", "Minimum", "Optimizer", "Power", "StepDecay", "from_torch"]
+__all__ = [
+    "LBFGS",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Cosine",
+    "CountSteps",
+    "L1Normalized",
+    "Minimum",
+    "Optimizer",
+    "Power",
+    "Sign",
+    "StepDecay",
+    "from_torch",
+]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
-from bilevel.optimizers import SGD
+from bilevel.optimizers import SGD, Optimizer
+from bilevel.replay import Schedule, Sqrt
 from bilevel.solvers.hypergradient_descent import HypergradientDescent
 
 
@@ -101,3 +103,48 @@ def nystrom(rank: int = 10, rho: float = 1e-2, **options: Any) -> HypergradientD
         Hataya, Yamada, "Nystrom method for accurate and scalable implicit differentiation", AISTATS 2023.
     """
     return HypergradientDescent(estimator=Implicit(linear=Nystrom(rank=rank, damping=rho), warm_start=False), **options)
+
+
+def unrolled(
+    lower: Optimizer[Any] | None = None,
+    lower_steps: int = 20,
+    *,
+    truncate: int | None = None,
+    restart: bool | None = None,
+    schedule: Schedule | None = None,
+    microbatches: int = 1,
+    **options: Any,
+) -> HypergradientDescent:
+    """Differentiate through the lower steps of each upper step, by reverse mode with bounded memory.
+
+    Args:
+        lower: optimizer of y; `SGD(lr=None)` if None. Its hyperparameters may be functions of `(x, step)`.
+        lower_steps: steps of each training.
+        truncate: differentiate through the last so many of them only.
+        restart: start each training anew; None: where the problem has a lower_init. If not, y goes on from where it
+            was, and the gradient stops there.
+        schedule: which states to hold; `Sqrt()` if None.
+        microbatches: parts of each batch that are differentiated one by one.
+        options: of `HypergradientDescent`: upper, clip_norm, certify_every.
+
+    References:
+        Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML
+        2017 (Algorithm 1); with `truncate`, Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel
+        optimization", AISTATS 2019.
+
+    Example:
+        >>> import bilevel, torch
+        >>> task = bilevel.problems.scalar()
+        >>> solution = bilevel.solve(task.problem, unrolled(), task.x0, task.y0, steps=100)
+        >>> abs(float(solution.x) - float(task.problem.reference)) < 1e-2
+        True
+    """
+    estimator = Unrolled(
+        lower=SGD(lr=None) if lower is None else lower,
+        steps=lower_steps,
+        restart=restart,
+        truncate=truncate,
+        schedule=Sqrt() if schedule is None else schedule,
+        microbatches=microbatches,
+    )
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
