@@ -31,7 +31,7 @@ def test_learned_rates_minimize_a_quadratic_in_as_many_steps_as_it_has_curvature
 
 @pytest.mark.parametrize(
     "upper",
-    [Sign(Cosine(0.1, steps=60)), L1Normalized(Cosine(0.1, steps=60)), bilevel.Adam(Cosine(0.3, steps=60))],
+    [Sign(Cosine(0.1, steps=60)), L1Normalized(Cosine(0.1, steps=60)), bilevel.Adam(0.2, betas=(0.5, 0.9))],
     ids=["sign", "l1", "adam"],
 )
 def test_each_update_finds_the_scalar_solution(upper: Any) -> None:
