@@ -91,6 +91,7 @@ class DoubleBackward(SecondDerivatives):
         xs: the leaves of x in the graph.
         ys: those of y.
         traced: the flat gradient with its graph.
+        edge: its place in the graph, None if it is constant.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class DoubleBackward(SecondDerivatives):
             found = gradients([value], self.ys, create_graph=True)
             # The derivative of a concatenation is views: products of the flat gradient cost what those of leaves do.
             self.traced = _concatenated(y_layout, found, y)
-        self._edge = get_gradient_edge(self.traced) if self.traced.requires_grad else None
+        self.edge = get_gradient_edge(self.traced) if self.traced.requires_grad else None
         self.value, self.gradient = value.detach(), self.traced.detach()
 
     def _pull(self, inputs: Leaves, v: Tensor, **options: bool) -> list[Tensor | None]:
         """Return d<gradient, v>/d(inputs)."""
-        if self._edge is None:
+        if self.edge is None:
             return [None] * len(inputs)
-        return list(torch.autograd.grad([self._edge], inputs, [v], allow_unused=True, **options))
+        return list(torch.autograd.grad([self.edge], inputs, [v], allow_unused=True, **options))
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v by one backward pass over the retained graph."""

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.declared import Declared
 from bilevel.linearization import DoubleBackward, SecondDerivatives, gradients, join, leaves_of, second_derivatives
-from bilevel.optimizers import Optimizer
+from bilevel.optimizers import Optimizer, Pulled
 from bilevel.oracles import Oracles, tensors_in
 from bilevel.status import InvalidProblem, NonFinite
 
@@ -107,13 +107,27 @@ class Training:
         """Return the state after a step, and the map that pulls a cotangent back through it."""
         oracles, y = self.oracles, state.y
         core = self._linearized(step, y) if self.microbatches == 1 else None
-        # Where the gradient has a graph, the update is added to it; where its products come otherwise, a graph starts.
+        if core is not None:
+            oracles.count(gradients=1)
+        if isinstance(core, DoubleBackward):
+            # By formula if the optimizer has one: then the graph of the gradient is all the graph there is.
+            gradient = self._declared.add_gradient(core.gradient, y)
+            formula = self.optimizer.linearized(y, gradient, state.optimizer, oracles.x_layout.nest(core.xs))
+            if formula is not None:
+                after = TrainingState(formula.y.detach(), formula.state)
+                return after, _ByFormula(self, step, y, core.edge, formula.learned, formula.pull, core.xs, core.ys)
+        return self._by_graph(step, state, core)
+
+    def _by_graph(
+        self, step: int, state: TrainingState, core: SecondDerivatives | None
+    ) -> tuple[TrainingState, Callable[[Cotangent], Cotangent]]:
+        """Differentiate the update by a graph; it is added to that of the gradient where there is one."""
+        oracles, y = self.oracles, state.y
         one_graph = isinstance(core, DoubleBackward)
         with torch.enable_grad():
             if core is None:
                 gradient = traced = _source(self._gradient(step, y))
             else:
-                oracles.count(gradients=1)
                 traced = core.traced if isinstance(core, DoubleBackward) else _source(core.gradient)
                 gradient = self._declared.add_gradient(traced, y)
             xs = core.xs if isinstance(core, DoubleBackward) else leaves_of(oracles.x_layout, self.x)
@@ -121,7 +135,7 @@ class Training:
             optimizer_state = with_tensors(state.optimizer, before[1:])
             after_y, after = self.optimizer.update(before[0], gradient, optimizer_state, oracles.x_layout.nest(xs))
         outputs = [after_y, *tensors_of(after)]
-        pullback = _Pullback(
+        pullback = _ByGraph(
             self, step, y,
             core=None if one_graph else core,
             ends=[None if not t.requires_grad else get_gradient_edge(t) for t in outputs],
@@ -265,7 +279,48 @@ class Training:
 
 
 @dataclass(frozen=True)
-class _Pullback:
+class _ByFormula:
+    """The derivative of one step, transposed: that of the update is a formula, that of the gradient a graph.
+
+    Args:
+        training: whose step.
+        step: which.
+        y: before it.
+        edge: of the graph of the traced gradient, None if that is constant.
+        learned: hyperparameters with a graph.
+        formula: the transposed derivative of the update.
+        xs: the leaves of x.
+        ys: the leaves of y in the graph of the gradient.
+    """
+
+    training: Training
+    step: int
+    y: Tensor
+    edge: GradientEdge | None
+    learned: tuple[Tensor, ...]
+    formula: Callable[[Tensor, tuple[Tensor, ...]], Pulled]
+    xs: list[Tensor]
+    ys: list[Tensor]
+
+    def __call__(self, a: Cotangent) -> Cotangent:
+        oracles = self.training.oracles
+        oracles.count(hvps=1, crosses=1)
+        y, u, buffers, slopes = self.formula(a.y, a.optimizer)
+        ends: list[Any] = [*self.learned] if self.edge is None else [self.edge, *self.learned]
+        along = [*slopes] if self.edge is None else [u, *slopes]
+        in_x: list[Tensor | None] = [None] * len(self.xs)
+        if ends:
+            found = torch.autograd.grad(ends, [*self.ys, *self.xs], along, allow_unused=True)
+            y, in_x = y + join(oracles.y_layout, found[: len(self.ys)], (), y), list(found[len(self.ys) :])
+        if oracles.problem.regularizer is not None:
+            in_y, more = self.training.declared_products(self.y, u)
+            y, in_x = y + in_y, _added(in_x, more)
+        added = None if all(g is None for g in in_x) else join(oracles.x_layout, in_x, (), a.x)
+        return self.training.checked(self.step, a, y, buffers, added)
+
+
+@dataclass(frozen=True)
+class _ByGraph:
     """The derivative of one step, transposed. It holds edges of a graph: unlike tensors they do not hold values.
 
     Args:

@@ -1,6 +1,6 @@
 """Optimizers as pure, differentiable maps; schedules; a deterministic minimizer."""
 
-from bilevel.optimizers._base import Minimum, Optimizer
+from bilevel.optimizers._base import Linearized, Minimum, Optimizer, Pulled
 from bilevel.optimizers.adam import Adam, AdamW
 from bilevel.optimizers.from_torch import from_torch
 from bilevel.optimizers.lbfgs import LBFGS
@@ -16,9 +16,11 @@ __all__ = [
     "Cosine",
     "CountSteps",
     "L1Normalized",
+    "Linearized",
     "Minimum",
     "Optimizer",
     "Power",
+    "Pulled",
     "Sign",
     "StepDecay",
     "from_torch",

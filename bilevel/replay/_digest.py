@@ -93,10 +93,20 @@ def compare(step: int, expected: dict[str, Any], state: Any, tol: float | None) 
 
 def _brief(leaf: Tensor) -> Digest:
     flat = leaf.detach().reshape(-1)
-    bits = flat.to(torch.uint8) if flat.dtype == torch.bool else flat.view(INTEGERS[flat.element_size()])
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    bits = flat.to(torch.uint8) if flat.dtype == torch.bool else flat
+    # Whole words of 8 bytes, which add up without a conversion, and what is left over.
+    whole = len(bits) - len(bits) % (8 // min(bits.element_size(), 8))
+    total = _words(bits[whole:], INTEGERS[bits.element_size()])
+    if whole:
+        total = total + _words(bits[:whole].clone() if bits.data_ptr() % 8 else bits[:whole], torch.int64)
     sample = flat[:: max(1, -(-flat.numel() // SAMPLED))].double()
     norm: Tensor = torch.linalg.vector_norm(flat if flat.is_floating_point() else flat.double()).double()
-    return Digest(bits.sum(dtype=torch.int64), norm, sample if len(sample) else sample.new_zeros(1))
+    return Digest(total, norm, sample if len(sample) else sample.new_zeros(1))
+
+
+def _words(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.view(dtype).sum(dtype=torch.int64)
 
 
 def _mismatch(step: int, leaf: str, difference: float) -> ReplayMismatch:
