@@ -17,7 +17,8 @@ from bilevel.status import InvalidProblem
 
 def is_number(value: Any) -> bool:
     """Whether value is a real number; booleans are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # Asking about Real is slow, and this is asked several times a step.
+    return isinstance(value, float | int | Real) and not isinstance(value, bool)
 
 
 def is_zero(value: Any) -> bool:
