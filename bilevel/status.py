@@ -172,6 +172,10 @@ class Chaotic(BilevelWarning):
     """A cotangent grew so much on its way through training that the gradient holds in a tiny neighborhood only."""
 
 
+class NotMetasmooth(BilevelWarning):
+    """Trained weights do not respond linearly to steps of x, so that gradients through training mislead."""
+
+
 class MultiplierAtBound(BilevelWarning):
     """A multiplier reached its bound: if the true one is larger, the answer is wrong."""
 

@@ -8,6 +8,7 @@ from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.implicit_function import implicit_function
 from bilevel.hypergradients.kkt import ImplicitKKT, KKTPoint
 from bilevel.hypergradients.metagradient import metagradient
+from bilevel.hypergradients.metasmoothness import Metasmoothness, metasmoothness
 from bilevel.hypergradients.selection import PoolGradient
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.zeroth_order import PES, ZerothOrder
@@ -23,6 +24,7 @@ __all__ = [
     "Implicit",
     "ImplicitKKT",
     "KKTPoint",
+    "Metasmoothness",
     "PoolGradient",
     "TrainingRun",
     "Unrolled",
@@ -30,4 +32,5 @@ __all__ = [
     "hypergradient",
     "implicit_function",
     "metagradient",
+    "metasmoothness",
 ]
