@@ -4,6 +4,7 @@ from bilevel.optimizers._base import Linearized, Minimum, Optimizer, Pulled
 from bilevel.optimizers.adam import Adam, AdamW
 from bilevel.optimizers.from_torch import from_torch
 from bilevel.optimizers.lbfgs import LBFGS
+from bilevel.optimizers.online_rate import OnlineRate
 from bilevel.optimizers.schedules import Cosine, Power, StepDecay
 from bilevel.optimizers.sgd import SGD
 from bilevel.optimizers.sign import CountSteps, L1Normalized, Sign
@@ -18,6 +19,7 @@ __all__ = [
     "L1Normalized",
     "Linearized",
     "Minimum",
+    "OnlineRate",
     "Optimizer",
     "Power",
     "Pulled",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,57 +18,7 @@ from bilevel.linearization import DoubleBackward, SecondDerivatives, gradients, 
 from bilevel.optimizers import Optimizer, Pulled
 from bilevel.oracles import Oracles, tensors_in
 from bilevel.status import InvalidProblem, NonFinite
-
-
-class TrainingState(NamedTuple):
-    """Where training stands: the weights and the optimizer's state, counters included.
-
-    Random numbers inside the objective are seeded by the step, and buffers of modules are functional, so that neither
-    is part of the state.
-    """
-
-    y: Tensor
-    optimizer: Any
-
-
-class Cotangent(NamedTuple):
-    """The derivative of the upper objective in a training state, and what has come out for x so far.
-
-    Args:
-        y: in the weights.
-        optimizer: in the tensors of the optimizer's state, in order.
-        x: in x, direct and through the steps visited, `[p]`.
-        largest: the largest norm of `y` so far, 0-dim.
-        contribution: norm of what the step visited last added to `x`, 0-dim.
-    """
-
-    y: Tensor
-    optimizer: tuple[Tensor, ...]
-    x: Tensor
-    largest: Tensor
-    contribution: Tensor
-
-
-class Tangent(NamedTuple):
-    """The derivative of a training state along one direction of x: in the weights, in the optimizer's tensors, and x.
-
-    `x` is the direction itself, `[p]`.
-    """
-
-    y: Tensor
-    optimizer: tuple[Tensor, ...]
-    x: Tensor
-
-
-def tensors_of(optimizer_state: Any) -> list[Tensor]:
-    """Return the tensors of an optimizer's state (a NamedTuple), in order."""
-    return [field for field in optimizer_state if isinstance(field, Tensor)]
-
-
-def with_tensors(optimizer_state: Any, tensors: Iterable[Tensor]) -> Any:
-    """Return an optimizer's state with other tensors, in order."""
-    rest = iter(tensors)
-    return type(optimizer_state)(*(next(rest) if isinstance(f, Tensor) else f for f in optimizer_state))
+from bilevel.training.state import Cotangent, Tangent, TrainingState, tensors_of, with_tensors
 
 
 @dataclass(frozen=True)
