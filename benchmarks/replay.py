@@ -23,7 +23,7 @@ from benchmarks.tasks import digits
 from bilevel import SGD, Full, Problem, Shuffled
 from bilevel.dry_run import open_oracles
 from bilevel.hypergradients import Unrolled
-from bilevel.hypergradients.unrolled import visit
+from bilevel.hypergradients.unrolled import Visit, visit
 from bilevel.oracles import Oracles
 from bilevel.replay import Binomial, KAry, Schedule, Sqrt, StoreAll
 from bilevel.report import Row, table, write_json
@@ -187,17 +187,23 @@ def measure_long(steps: int, *, quick: bool = False) -> list[Row]:
     run = run_of(steps, quick=quick)
     oracles, x, y = open_oracles(run.problem(), run.x0, run.y0, trains=True)
     bare = seconds(lambda: train(run, lambda step: oracles.batch("lower", step)), CPU)
+    training = Training(oracles, run.optimizer(), x)
     rows: list[Row] = []
     first: list[Tensor] = []
     for name, schedule in {"sqrt": Sqrt(), "binomial": Binomial(60)}.items():
-        work = ours(oracles, run, schedule, x, y)
-        found: list[Tensor] = []
-        spent = seconds(lambda work=work, found=found: found.extend(work()), CPU)
-        first = first or found
+        found: list[Visit] = []
+        spent = seconds(
+            lambda schedule=schedule, found=found: found.append(
+                visit(training, training.start(y), steps, schedule=schedule)
+            ),
+            CPU,
+        )
+        gradient, took = oracles.x_layout.views(found[0].x), found[0].visited
+        first = first or gradient
         rows.append(
             {
-                "schedule": name, "steps": steps, "plain_steps": spent / bare, "peak_states": schedule.peak(steps),
-                "recomputed": schedule.advances(steps), "error": distance(found, first), "seconds": spent,
+                "schedule": name, "steps": steps, "plain_steps": spent / bare, "peak_states": took.peak_states,
+                "recomputed": took.advances, "error": distance(gradient, first), "seconds": spent,
             }
         )  # fmt: skip
     return rows

@@ -9,6 +9,7 @@ from bilevel.hypergradients import (
     ActiveSet,
     Certificate,
     Estimator,
+    FirstOrder,
     ForwardMode,
     Hypergradient,
     Implicit,
@@ -88,6 +89,7 @@ from bilevel.solvers import (
     unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers.published import maml, reptile
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
@@ -117,8 +119,8 @@ __all__ = [
     "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
     "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Cosine",
     "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged", "EarlyStopping", "ElasticNet",
-    "Estimator", "Event", "ForwardMode", "Full", "FunctionalModule", "GroupL1", "Halfspace", "History", "Host",
-    "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity", "Implicit",
+    "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule", "GroupL1", "Halfspace", "History",
+    "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate", "Identity", "Implicit",
     "IneffectiveHyperparameter", "InvalidProblem", "Jacobi", "KAry", "L1Ball", "L1Normalized", "LinearSolution",
     "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness", "Metrics", "Neumann",
     "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner",
@@ -127,6 +129,6 @@ __all__ = [
     "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver",
     "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled",
     "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "from_torch", "functional", "hypergradient",
-    "imaml", "implicit", "implicit_function", "metagradient", "metasmoothness", "neumann", "nystrom", "problems",
-    "solve", "unrolled",
+    "imaml", "implicit", "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom",
+    "problems", "reptile", "solve", "unrolled",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from bilevel.dry_run.captured import Kept, modules_held
 from bilevel.dry_run.errors import detached, explained
 from bilevel.dry_run.influence import check_effective, check_used
 from bilevel.feasibility import feasible_start
-from bilevel.layout import HALF, Layout, Variables, named_leaves
+from bilevel.layout import HALF, Layout, Variables, named_leaves, rebuild
 from bilevel.linearization import gradients, leaves_of
 from bilevel.oracles import Counts, Level, Oracles, tensors_in
 from bilevel.problem import Problem
@@ -67,7 +67,9 @@ def open_oracles(
     if y0 is None:
         if problem.lower_init is None:
             raise InvalidProblem("no start for the lower level: pass y0, or state Problem(lower_init=...).")
-        y0 = problem.lower_init(x0)
+        started = problem.lower_init(x0)  # perhaps x itself, expanded to all blocks
+        leaves = [leaf for _, leaf in named_leaves(started)]
+        y0 = rebuild(started, iter([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
     x_layout, y_layout = Layout.of(x0, name="x"), Layout.of(y0, name="y", blocks=problem.blocks)
     _check_pair(x_layout, y_layout)
     oracles = Oracles(problem, x_layout, y_layout, seed=seed)

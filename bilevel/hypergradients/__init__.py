@@ -3,6 +3,7 @@
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator, Hypergradient, TrainingRun
 from bilevel.hypergradients.active_set import ActiveSet
 from bilevel.hypergradients.evaluate import hypergradient
+from bilevel.hypergradients.first_order import FirstOrder
 from bilevel.hypergradients.forward import ForwardMode
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.implicit_function import implicit_function
@@ -19,6 +20,7 @@ __all__ = [
     "Certificate",
     "Estimate",
     "Estimator",
+    "FirstOrder",
     "ForwardMode",
     "Hypergradient",
     "Implicit",

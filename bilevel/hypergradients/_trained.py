@@ -53,6 +53,7 @@ class Trained(Estimator):
     lower: Optimizer[Any] = field(default_factory=lambda: SGD(lr=None))
     steps: int = 20
     restart: bool | None = None
+    fresh: bool = False
 
     def check(self) -> None:
         """Refuse options out of range.
@@ -124,7 +125,7 @@ class Trained(Estimator):
             y = state.y
         if state.age and state.age % REMEASURE == 0:
             state = state._replace(largest=self._measured(oracles, x, y))
-        first = lower_step if anew else lower_step + upper_step * self.steps
+        first = lower_step if anew and not self.fresh else lower_step + upper_step * self.steps
         training = self.training(oracles, x, first, state)
         start = training.start(y, None if anew else state.optimizer)
         return training, start, state._replace(age=state.age + 1)

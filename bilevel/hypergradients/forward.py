@@ -31,6 +31,7 @@ class ForwardMode(Trained):
         lower: see `Unrolled`.
         steps: see `Unrolled`.
         restart: see `Unrolled`; without restarts the derivative of the last start is forgotten.
+        fresh: see `Unrolled`.
         directions: k random directions, drawn anew for each upper step; None follows each entry of x, at most 256.
 
     Raises:

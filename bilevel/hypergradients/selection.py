@@ -33,6 +33,7 @@ class PoolGradient(Trained):
         lower: see `Unrolled`.
         steps: T, see `Unrolled`.
         restart: see `Unrolled`.
+        fresh: see `Unrolled`.
         pool: a lower batch of all examples, such as `(images, labels, index)`.
         last: k, in [1, T].
         schedule: see `Unrolled`.

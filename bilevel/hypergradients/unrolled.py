@@ -120,7 +120,10 @@ class Unrolled(Trained):
         restart: start each training from `lower_init(x)`, or from the first y where there is none; then the batches of
             each training are the same, too. If not, train on from the last y, and the gradient stops there. None:
             restart where the problem has a lower_init.
-        truncate: K: visit the last K steps only. Biased, by a factor (1 - lr mu)^K for mu-strongly convex objectives.
+        fresh: give trainings that start anew the next lower batches each time: those of upper step u are u T to
+            u T + T - 1. If not, all trainings see the first T, so that F is one function.
+        truncate: K: visit the last K steps only; x does not act through the start then. Biased, by a factor
+            (1 - lr mu)^K for mu-strongly convex objectives.
         schedule: which states to hold; `Sqrt()` by default.
         store: where to hold them.
         microbatches: parts of each batch that are differentiated one by one.
@@ -217,7 +220,9 @@ class Unrolled(Trained):
     ) -> tuple[Estimate, Visit]:
         oracles, x, before = training.oracles, training.x, training.oracles.counts
         found = self._visit(training, start, self.steps, upper_step)
-        gradient = found.x if not through_start else found.x + through_init(oracles, x, found.initial.y)
+        gradient = (
+            found.x if not (through_start and self._whole) else found.x + through_init(oracles, x, found.initial.y)
+        )
         if float(found.growth) > CHAOTIC:
             warnings.warn(
                 f"the cotangent grew {float(found.growth):.2g}-fold on its way through {self.steps} lower steps: the "

@@ -73,6 +73,7 @@ class ZerothOrder(_Sampled):
         steps: see `Unrolled`.
         restart: see `Unrolled`; each point trains from the same start, and without restarts the next start is where
             training at x itself ends.
+        fresh: see `Unrolled`.
         pairs: N, drawn anew for each upper step.
         sigma: > 0, in units of x: the scale at which F is smoothed.
 
@@ -159,6 +160,7 @@ class PES(_Sampled):
         lower: see `Unrolled`.
         steps: of one window: each upper step sees one.
         restart: not used: particles go on until the horizon is reached.
+        fresh: see `Unrolled`.
         pairs: N.
         sigma: > 0, in units of x.
         horizon: steps of a training, after which the particles start anew; a multiple of `steps`.

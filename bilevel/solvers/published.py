@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel.hypergradients.first_order import FirstOrder
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
@@ -147,4 +148,53 @@ def unrolled(
         schedule=Sqrt() if schedule is None else schedule,
         microbatches=microbatches,
     )
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
+
+
+def maml(lr: float = 0.1, lower_steps: int = 1, *, first_order: bool = False, **options: Any) -> HypergradientDescent:
+    """Model-agnostic meta-learning: learn a start from which few gradient steps adapt to a task.
+
+    State the start as `lower_init`, several tasks as `Problem(blocks=...)`; the lower objective is a task's loss on its
+    support examples, the upper one on its query examples. The lower batches of upper step u are u T to u T + T - 1.
+
+    Args:
+        lr: of the adaptation (0.4 for Omniglot and 0.01 for miniImageNet in the paper).
+        lower_steps: T, steps of each adaptation.
+        first_order: leave out second derivatives.
+        options: of `HypergradientDescent`: upper, clip_norm, certify_every.
+
+    References:
+        Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017
+        (Algorithm 1).
+
+    Example:
+        >>> import bilevel, torch
+        >>> problem = bilevel.Problem(  # tasks y -> t_i; the best start is between their targets
+        ...     upper=lambda x, y, t: 0.5 * (y - t).square(), lower=lambda x, y, t: 0.5 * (y - t).square() + 0 * x,
+        ...     upper_data=bilevel.Full(torch.tensor([1.0, 3.0])), lower_data=bilevel.Full(torch.tensor([1.0, 3.0])),
+        ...     lower_init=lambda x: x.expand(2), blocks=2)
+        >>> solution = bilevel.solve(problem, maml(), torch.tensor(0.0), steps=200)
+        >>> round(float(solution.x), 2)
+        2.0
+    """
+    common: dict[str, Any] = {"lower": SGD(lr), "steps": lower_steps, "fresh": True}
+    estimator = FirstOrder(**common) if first_order else Unrolled(**common)
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
+
+
+def reptile(lr: float = 0.1, lower_steps: int = 5, **options: Any) -> HypergradientDescent:
+    """Reptile: move a start toward the weights that training reaches from it.
+
+    The problem is stated as for `maml`; the upper objective is only reported, apart from a part that x enters directly.
+
+    Args:
+        lr: of the adaptation.
+        lower_steps: steps of each adaptation.
+        options: of `HypergradientDescent`: upper (`SGD(1.0)` and less in the paper), clip_norm.
+
+    References:
+        Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999 (Algorithm 1).
+    """
+    options.setdefault("upper", SGD(0.5))
+    estimator = FirstOrder(lower=SGD(lr), steps=lower_steps, fresh=True, reptile=True)
     return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
