@@ -5,14 +5,24 @@ from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
+    PES,
     ActiveSet,
     Certificate,
     Estimator,
+    FirstOrder,
+    ForwardMode,
     Hypergradient,
     Implicit,
     ImplicitKKT,
+    Metasmoothness,
+    PoolGradient,
+    TrainingRun,
+    Unrolled,
+    ZerothOrder,
     hypergradient,
     implicit_function,
+    metagradient,
+    metasmoothness,
 )
 from bilevel.linear import (
     CG,
@@ -41,15 +51,20 @@ from bilevel.optimizers import (
     AdamW,
     CoordinateDescent,
     Cosine,
+    CountSteps,
+    L1Normalized,
+    OnlineRate,
     Optimizer,
     Power,
     ProximalGradient,
+    Sign,
     StepDecay,
     from_torch,
 )
 from bilevel.oracles import Counts, Oracles
 from bilevel.problem import Problem
 from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
+from bilevel.replay import Binomial, Disk, Host, KAry, Memory, Schedule, Sqrt, Store, StoreAll, Visited
 from bilevel.session import Session
 from bilevel.sets import (
     Affine,
@@ -79,6 +94,7 @@ from bilevel.solvers import (
     MEHA,
     VPBGD,
     HypergradientDescent,
+    Metagradient,
     ProxF2SA,
     SparseDescent,
     amigo,
@@ -86,11 +102,15 @@ from bilevel.solvers import (
     implicit,
     neumann,
     nystrom,
+    unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers.published import maml, reptile
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
+    Chaotic,
+    CheckpointError,
     DataExhausted,
     Diverged,
     HypergradientInaccurate,
@@ -103,7 +123,10 @@ from bilevel.status import (
     MultipliersUnbounded,
     NonDeterministic,
     NonFinite,
+    NotMetasmooth,
+    OutOfMemory,
     PrecisionWarning,
+    ReplayMismatch,
     SecondOrderFallback,
     SecondOrderUnsupported,
     SolveFailed,
@@ -112,18 +135,22 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
-    "MEHA", "MFAC", "MINRES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
-    "BilevelWarning", "Box", "CSVLogger", "Certificate", "Conditions", "CoordinateDescent", "Cosine", "Counts",
-    "DataExhausted", "DataSource", "Dense", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "Full",
-    "FunctionalModule", "GroupL1", "Halfspace", "History", "Hypergradient", "HypergradientDescent",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
+    "LVHBA", "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
+    "BilevelError", "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError",
+    "Conditions", "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense",
+    "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
+    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
-    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "L1Ball", "LinearSolution",
-    "LinearSolveFailed", "LinearSolver", "Loader", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann",
-    "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "Nystrom", "NystromPreconditioner", "Operator",
-    "Optimizer", "Oracles", "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "ProximalGradient",
-    "Regularizer", "Sama", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Simplex",
-    "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Status", "StepDecay",
-    "UnusedHyperparameter", "amigo", "compare", "conditions", "from_torch", "functional", "hypergradient", "imaml",
-    "implicit", "implicit_function", "neumann", "nystrom", "problems", "solve",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
+    "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient",
+    "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
+    "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate",
+    "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem",
+    "Product", "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule",
+    "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
+    "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
+    "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "conditions",
+    "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
+    "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled",
 ]  # fmt: skip

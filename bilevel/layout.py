@@ -21,7 +21,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 def named_leaves(variables: Variables, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield `(dotted name, leaf)` in order; a bare tensor is named by the prefix alone."""
-    if isinstance(variables, Mapping):
+    if isinstance(variables, Tensor):  # first: asking about Mapping is slow
+        yield prefix, variables
+    elif isinstance(variables, Mapping):
         for key, child in variables.items():
             yield from named_leaves(child, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(variables, Sequence) and not isinstance(variables, str | bytes):
@@ -35,7 +37,7 @@ def rebuild(like: Variables, leaves: Iterator[Any]) -> Variables:
     """Return the structure of `like` with its leaves replaced, in order, by `leaves`."""
     if isinstance(like, int | Tensor):  # most are, and to ask for abstract types is slow
         return next(leaves)
-    if isinstance(like, Mapping):
+    if isinstance(like, dict | Mapping):
         return {key: rebuild(child, leaves) for key, child in like.items()}
     if isinstance(like, Sequence) and not isinstance(like, str | bytes):
         children = [rebuild(child, leaves) for child in like]
@@ -105,7 +107,7 @@ class Layout:
         """Number of entries of each leaf (of one block)."""
         return tuple(prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Length d of the flat vector (of one block)."""
         return sum(self.sizes)
@@ -125,13 +127,21 @@ class Layout:
         """
         lead = () if self.blocks is None else (self.blocks,)
         shapes = [(*lead, *shape) for shape in self.shapes]
-        leaves = list(_in_order(self.skeleton, variables))
+        leaves = self.leaves(variables)
         got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
         if got != shapes:
             found = {name: tuple(getattr(leaf, "shape", ())) for name, leaf in named_leaves(variables)}
             raise InvalidProblem(f"expected leaves {dict(zip(self.names, shapes, strict=True))}, got {found}.")
         # A single leaf would come back as a view of the user's tensor: clone, so that nothing of theirs can change.
         return self.concat([leaf.detach().to(self.device, self.dtype) for leaf in leaves]).clone()
+
+    def leaves(self, variables: Variables) -> list[Any]:
+        """Return the leaves of `variables` in order, with their graphs.
+
+        Raises:
+            InvalidProblem: the structure differs from this layout's.
+        """
+        return list(_in_order(self.skeleton, variables))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return the leaves as views of `flat` (`[..., d]`), shapes `[..., *shape]`."""

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel.layout import Layout
@@ -46,11 +47,16 @@ def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...],
     rows = () if layout.blocks is None else (layout.blocks,)
     if not present:
         return like.new_zeros((*lead, *rows, layout.size))
+    return _concatenated(layout, leaves, like, lead).detach()
+
+
+def _concatenated(layout: Layout, leaves: Sequence[Tensor | None], like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+    rows = () if layout.blocks is None else (layout.blocks,)
     filled = [
         like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf
         for leaf, shape in zip(leaves, layout.shapes, strict=True)
     ]
-    return layout.concat(filled).detach()
+    return layout.concat(filled)
 
 
 class SecondDerivatives(ABC):
@@ -74,13 +80,24 @@ class SecondDerivatives(ABC):
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return the leaves of J^T v = d<dg/dy, v>/dx; None for leaves of x that do not enter."""
 
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and the leaves of J^T v, after which no further product is asked for."""
+        return self.hvp(v), self.cross(v)
+
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to each of k vectors `[k, *]`, at most `chunk` at a time."""
         return torch.stack([self.hvp(v) for v in vectors])
 
 
 class DoubleBackward(SecondDerivatives):
-    """One retained graph of the gradient; each product is one more backward pass over it."""
+    """One retained graph of the gradient; each product is one more backward pass over it.
+
+    Attributes:
+        xs: the leaves of x in the graph.
+        ys: those of y.
+        traced: the flat gradient with its graph.
+        edge: its place in the graph, None if it is constant.
+    """
 
     def __init__(
         self,
@@ -95,17 +112,24 @@ class DoubleBackward(SecondDerivatives):
         # Fused attention has no double backward. The manager must wrap the building of the graph, and may end after it.
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
         self._y_layout = y_layout
-        self._xs, self._ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
+        self.xs, self.ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
         with torch.enable_grad(), kernel:
-            value = evaluate(self._xs, self._ys)
-            found = gradients([value], self._ys, create_graph=True)
-        self._outputs = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, self._ys, strict=True)]
-        self.value, self.gradient = value.detach(), join(y_layout, self._outputs, (), y)
+            value = evaluate(self.xs, self.ys)
+            found = gradients([value], self.ys, create_graph=True)
+            # The derivative of a concatenation is views: products of the flat gradient cost what those of leaves do.
+            self.traced = _concatenated(y_layout, found, y)
+        self.edge = get_gradient_edge(self.traced) if self.traced.requires_grad else None
+        self.value, self.gradient = value.detach(), self.traced.detach()
+
+    def _pull(self, inputs: Leaves, v: Tensor, **options: bool) -> list[Tensor | None]:
+        """Return d<gradient, v>/d(inputs)."""
+        if self.edge is None:
+            return [None] * len(inputs)
+        return list(torch.autograd.grad([self.edge], inputs, [v], allow_unused=True, **options))
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v by one backward pass over the retained graph."""
-        found = gradients(self._outputs, self._ys, self._y_layout.views(v), retain_graph=True)
-        return join(self._y_layout, found, (), v)
+        return join(self._y_layout, self._pull(self.ys, v, retain_graph=True), (), v)
 
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to k vectors, `chunk` at a time in one vectorized backward pass."""
@@ -113,22 +137,26 @@ class DoubleBackward(SecondDerivatives):
             return super().hvps(vectors, chunk)
         parts = []
         for part in vectors.split(chunk):
-            found = gradients(
-                self._outputs, self._ys, self._y_layout.views(part), retain_graph=True, is_grads_batched=True
-            )
+            found = self._pull(self.ys, part, retain_graph=True, is_grads_batched=True)
             parts.append(join(self._y_layout, found, part.shape[:1], part))
         return torch.cat(parts)
 
     def cross(self, v: Tensor) -> list[Tensor | None]:
         """Return J^T v from the same graph."""
-        return gradients(self._outputs, self._xs, self._y_layout.views(v), retain_graph=True)
+        return self._pull(self.xs, v, retain_graph=True)
+
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and J^T v by one backward pass, which frees the graph."""
+        found = self._pull([*self.ys, *self.xs], v)
+        in_y, in_x = found[: len(self.ys)], found[len(self.ys) :]
+        return join(self._y_layout, in_y, (), v), in_x
 
 
 class ForwardOverReverse(SecondDerivatives):
     """A forward-mode derivative of the gradient for each product: nothing retained, four to eight times the cost."""
 
     def __init__(self, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor) -> None:
-        self._x_layout, self._y_layout = x_layout, y_layout
+        self._x_layout, self._y_layout, self._evaluate = x_layout, y_layout, evaluate
         self._xs = tuple(leaves_of(x_layout, x, requires_grad=False))
         self._ys = tuple(leaves_of(y_layout, y, requires_grad=False))
         self._in_y = torch.func.grad(lambda ys: evaluate(self._xs, ys))
@@ -146,6 +174,13 @@ class ForwardOverReverse(SecondDerivatives):
         tangents = (tuple(self._y_layout.views(v)),)
         tangent = torch.func.jvp(lambda ys: self._in_x(self._xs, ys), (self._ys,), tangents)[1]
         return list(tangent)
+
+    def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return H v and J^T v as one forward-mode derivative of the gradient in y and x."""
+        tangents = (tuple(self._y_layout.views(v)),)
+        both = torch.func.grad(lambda ys, xs: self._evaluate(xs, ys), argnums=(0, 1))
+        in_y, in_x = torch.func.jvp(lambda ys: both(ys, self._xs), (self._ys,), tangents)[1]
+        return join(self._y_layout, in_y, (), v), list(in_x)
 
 
 class Differences(SecondDerivatives):

@@ -87,7 +87,7 @@ def solve(
     """
     _check_arguments(solver, steps, tol, on_nonfinite)
     begin = time.perf_counter()
-    oracles, x, y = open_oracles(problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp)
+    oracles, x, y = open_oracles(problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp, trains=solver.replays)
     state = solver.init(oracles, x, y) if resume is None else _resumed(resume, x, y)
     if resume is not None:
         oracles.counts = resume.counts

@@ -218,9 +218,9 @@ class Oracles:
         """Return the upper objective of one step as a function of leaves."""
         return lambda xs, ys: self._evaluate("upper", step, xs, ys)
 
-    def lower_at(self, step: int) -> Callable[[Leaves, Leaves], Tensor]:
-        """Return the traced lower objective of one step as a function of leaves."""
-        return lambda xs, ys: self._evaluate("lower", step, xs, ys)
+    def lower_at(self, step: int, rows: slice | None = None) -> Callable[[Leaves, Leaves], Tensor]:
+        """Return the traced lower objective of one step (on some rows of its batch) as a function of leaves."""
+        return lambda xs, ys: self._evaluate("lower", step, xs, ys, rows)
 
     def sample_gradients(self, x: Tensor, y: Tensor, step: int, k: int) -> Tensor:
         """Return gradients `[k, d]` of the traced lower objective on the first k examples of the batch, one each.

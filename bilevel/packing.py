@@ -24,7 +24,7 @@ def pack(value: Any) -> Any:
         return {KIND: kind} | {name: pack(getattr(value, name)) for name in value._fields}
     if isinstance(value, tuple | list):
         return type(value)(pack(child) for child in value)
-    return value
+    return {key: pack(child) for key, child in value.items()} if isinstance(value, dict) else value
 
 
 def unpack(value: Any) -> Any:
@@ -35,8 +35,10 @@ def unpack(value: Any) -> Any:
     """
     if isinstance(value, tuple | list):
         return type(value)(unpack(child) for child in value)
-    if not isinstance(value, dict) or KIND not in value:
+    if not isinstance(value, dict):
         return value
+    if KIND not in value:
+        return {key: unpack(child) for key, child in value.items()}
     if value[KIND] == "status":
         return Status[value["name"]]
     module, _, name = value[KIND].partition(":")

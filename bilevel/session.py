@@ -43,7 +43,9 @@ class Session:
         if not isinstance(solver, Solver):
             raise InvalidProblem(f"expected a Solver, got {solver!r}.")
         self.solver = solver
-        self._oracles, x, y = open_oracles(problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp)
+        self._oracles, x, y = open_oracles(
+            problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp, trains=solver.replays
+        )
         self._state = solver.init(self._oracles, x, y)
 
     def step(self) -> Metrics:

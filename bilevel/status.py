@@ -109,6 +109,29 @@ class DataExhausted(BilevelError):
     """A data source has nothing (more) to give."""
 
 
+class ReplayMismatch(BilevelError):
+    """A training step that was run again gave another state: the gradient would be that of another run.
+
+    Args:
+        message: which state differs, where, and what to try.
+        step: before which the state stands.
+        leaf: the name of the tensor that differs.
+        difference: the largest difference seen in it; nan where its structure differs.
+    """
+
+    def __init__(self, message: str, *, step: int, leaf: str, difference: float) -> None:
+        super().__init__(message)
+        self.step, self.leaf, self.difference = step, leaf, difference
+
+
+class CheckpointError(BilevelError):
+    """A stored state cannot be written or is damaged."""
+
+
+class OutOfMemory(BilevelError, MemoryError):
+    """Memory ran out; the message says what was held and which schedule takes less."""
+
+
 class LinearSolveFailed(BilevelError):
     """The linear system of the implicit hypergradient has no trustworthy solution.
 
@@ -145,6 +168,14 @@ class IneffectiveHyperparameter(BilevelWarning):
 
 class PrecisionWarning(BilevelWarning):
     """Numbers were promoted or are held in another precision than the user's."""
+
+
+class Chaotic(BilevelWarning):
+    """A cotangent grew so much on its way through training that the gradient holds in a tiny neighborhood only."""
+
+
+class NotMetasmooth(BilevelWarning):
+    """Trained weights do not respond linearly to steps of x, so that gradients through training mislead."""
 
 
 class MultiplierAtBound(BilevelWarning):

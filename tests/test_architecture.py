@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "bilevel"
 FLOORS = [
     {"status"},
     {"layout", "packing"},
-    {"linear", "optimizers"},
+    {"linear", "optimizers", "replay"},
     {"sets", "regularizers", "data", "modules"},
     {"problem"},
     {
@@ -32,6 +32,7 @@ FLOORS = [
         "second_order",
         "captured",
         "dry_run",
+        "training",
     },
     {"hypergradients"},
     {"solvers"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import hypergradient, throughput
+from benchmarks import hypergradient, replay, throughput
 from benchmarks.plain import Plain, conjugate_gradients, exact, exact_softmax_regression
 from benchmarks.tasks import network, softmax_regression
 from bilevel.linear import CG, Jacobi, Operator
@@ -43,6 +43,22 @@ def test_the_same_code_runs_on_any_device_and_writes_its_rows(tmp_path: Path, de
     rows = json.loads(file.read_text())["rows"]
     assert {row["task"] for row in rows} == {"MLP", "CNN", "transformer block"}
     assert all(set(throughput.COLUMNS) <= row.keys() and row["hvps_per_second"] > 0 for row in rows)
+
+
+def test_rows_of_replay_have_their_keys_and_the_same_gradient(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    replay.main(["--json", str(file), "--quick", "--long"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["schedule"] for row in rows] == [
+        "plain torch", "store-all", "sqrt", "k-ary", "binomial", "sqrt", "binomial",
+    ]  # fmt: skip
+    for row in rows[:5]:
+        assert {"steps", "ratio", "added_mb", "peak_states", "recomputed", "error", "plain_steps"} <= row.keys()
+        assert row["error"] < 1e-5
+        assert row["ratio"] > 0
+    assert rows[2]["peak_states"] <= 2 * rows[2]["steps"] ** 0.5
+    assert rows[2]["added_mb"] < rows[1]["added_mb"]
+    assert rows[6]["error"] < 1e-4
 
 
 def test_plain_counts_its_products() -> None:

@@ -137,6 +137,20 @@ def held(constraint: Any, solver: Any = None, **parts: Any) -> bilevel.Solution:
     return solve(solver=solver or bilevel.BLOCC(), constraint=constraint, **parts)
 
 
+class Asked(bilevel.DataSource):
+    """Gives another batch each time it is asked, whatever the step."""
+
+    deterministic = False
+    times = 0
+
+    def batch(self, step: int, seed: int) -> torch.Tensor:
+        self.times += 1
+        return torch.tensor(float(self.times % 7 if self.times > 40 else 1))
+
+
+LOGISTIC = bilevel.Problem(  # a step of length 1 is y -> x y (1 - y)
+    upper=lambda x, y, batch: y.sum(), lower=lambda x, y, batch: ((1 - x) * y**2 / 2 + x * y**3 / 3).sum()
+)
 VIEW = torch.ones(3)
 FAULTS: dict[str, Callable[[], Any]] = {
     "passed data without a source": lambda: solve(upper_data=(torch.ones(2), torch.ones(2))),
@@ -197,11 +211,26 @@ FAULTS: dict[str, Callable[[], Any]] = {
         lambda x, y, batch: torch.stack([y + x - 2, -y]), steps=64, upper=lambda x, y, batch: (x - 9).square() + 0 * y
     ),
     "an equation is stated as its square": lambda: held(lambda x, y, batch: (y - 2 * x).square().reshape(1), steps=64),
+    "batches depend on how often they were asked for": lambda: solve(
+        lower=lambda x, y, batch: (y - x - 1e-3 * batch).square(), lower_data=Asked(), solver=bilevel.unrolled()
+    ),
+    "the derivative of a training step is infinite": lambda: solve(
+        y0=ONE / 2,
+        lower=lambda x, y, batch: (y - x / 2).abs() ** 1.5,
+        solver=bilevel.unrolled(bilevel.SGD(0.1)),
+        hvp="double_backward",
+    ),
     "resumes with variables of another shape": resumed,
     "loads the state of another session": loaded,
     "let x act through round or argmax": lambda: solve(lower=lambda x, y, batch: (y - x.round()).square()),
     "used data of higher precision": lambda: solve(
         lower=lambda x, y, batch: (y - x * torch.ones(1).double()).square().sum()
+    ),
+    "differentiated through chaotic training": lambda: bilevel.metagradient(
+        LOGISTIC, 4 * ONE, 0.3 * ONE, lower=bilevel.SGD(1.0), steps=40
+    ),
+    "asked whether such a gradient is of use": lambda: bilevel.metasmoothness(
+        LOGISTIC, 3.7 * torch.ones(20), 0.3 * torch.ones(20), lower=bilevel.SGD(1.0), steps=60
     ),
     "used half precision": lambda: solve(ONE.half(), ONE.half()),
     "bounded multipliers too tightly": lambda: held(

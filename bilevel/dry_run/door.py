@@ -19,7 +19,7 @@ from bilevel.dry_run.captured import Kept, modules_held
 from bilevel.dry_run.errors import detached, explained
 from bilevel.dry_run.influence import check_effective, check_used
 from bilevel.feasibility import feasible_start
-from bilevel.layout import HALF, Layout, Variables, named_leaves
+from bilevel.layout import HALF, Layout, Variables, named_leaves, rebuild
 from bilevel.linearization import gradients, leaves_of
 from bilevel.oracles import Counts, Level, Oracles, tensors_in
 from bilevel.problem import Problem
@@ -36,8 +36,14 @@ WATCHED = 2**28
 
 
 def open_oracles(
-    problem: Problem, x0: Variables, y0: Variables | None = None, *, seed: int = 0, needs_hvp: bool = True
-) -> tuple[Oracles, Tensor, Tensor]:
+    problem: Problem,
+    x0: Variables,
+    y0: Variables | None = None,
+    *,
+    seed: int = 0,
+    needs_hvp: bool = True,
+    trains: bool = False,
+) -> tuple[Oracles, Tensor, Tensor]:  # fmt: skip
     """Check a problem at a start and open its oracles.
 
     Args:
@@ -46,6 +52,8 @@ def open_oracles(
         y0: lower start; `problem.lower_init(x0)` if None.
         seed: of batches and of randomness inside the objectives.
         needs_hvp: whether the solver takes second derivatives; if not they are not tried.
+        trains: whether the solver differentiates through training steps, where x may act through the start or the
+            optimizer alone; it checks that itself.
 
     Returns:
         `(oracles, x, y)` with x `[p]` and y `[d]` or `[m, d]`, copies of the starts. Counts start at zero: what the
@@ -59,7 +67,9 @@ def open_oracles(
     if y0 is None:
         if problem.lower_init is None:
             raise InvalidProblem("no start for the lower level: pass y0, or state Problem(lower_init=...).")
-        y0 = problem.lower_init(x0)
+        started = problem.lower_init(x0)  # perhaps x itself, expanded to all blocks
+        leaves = [leaf for _, leaf in named_leaves(started)]
+        y0 = rebuild(started, iter([leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
     x_layout, y_layout = Layout.of(x0, name="x"), Layout.of(y0, name="y", blocks=problem.blocks)
     _check_pair(x_layout, y_layout)
     oracles = Oracles(problem, x_layout, y_layout, seed=seed)
@@ -71,12 +81,12 @@ def open_oracles(
         problem.regularizer.check(x_layout.unflatten(x), y_layout)
     with _modules_kept(problem) as modules:
         x, y = feasible_start(oracles, x, y)
-        _try_out(oracles, x, y, modules, needs_hvp)
+        _try_out(oracles, x, y, modules, needs_hvp, trains)
     oracles.counts = Counts()
     return oracles, x, y
 
 
-def _try_out(oracles: Oracles, x: Tensor, y: Tensor, modules: dict[str, Kept], needs_hvp: bool) -> None:
+def _try_out(oracles: Oracles, x: Tensor, y: Tensor, modules: dict[str, Kept], needs_hvp: bool, trains: bool) -> None:
     values: dict[Level, Tensor] = {}
     in_x: dict[Level, list[Tensor | None]] = {}
     for level in get_args(Level):
@@ -85,7 +95,8 @@ def _try_out(oracles: Oracles, x: Tensor, y: Tensor, modules: dict[str, Kept], n
         _check_repeats(oracles, level, x, y, values[level])
     used = {level: {i for i, gradient in enumerate(in_x[level]) if gradient is not None} for level in in_x}
     used["lower"] |= {i for i, g in enumerate(oracles.declared(x).cross(y, torch.ones_like(y))) if g is not None}
-    check_used(oracles, x, y, used)
+    if not trains:
+        check_used(oracles, x, y, used)
     oracles.lower_leaves = frozenset(used["lower"])
     suspects = []
     for i, pair in enumerate(zip(*in_x.values(), strict=True)):

@@ -37,7 +37,8 @@ def check_used(oracles: Oracles, x: Tensor, y: Tensor, used: dict[Level, set[int
     if unused and problem.lower_init is not None:
         raise InvalidProblem(
             f"x's leaf '{unused[0]}' enters only through lower_init: the lower solution does not depend on its start, "
-            "so the implicit gradient is zero by definition; differentiate through the training steps instead (unroll)."
+            "so the implicit gradient is zero by definition; differentiate through the training steps instead "
+            "(unrolled(), Metagradient())."
         )
     if unused:
         raise UnusedHyperparameter(

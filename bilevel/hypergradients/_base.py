@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from bilevel.layout import Variables
 from bilevel.oracles import Counts, Oracles
+from bilevel.replay import Visited
 from bilevel.status import Status
 
 
@@ -35,6 +36,8 @@ class Certificate:
         margin: where the lower level has kinks, bounds or constraints: how far its solution is from touching or leaving
             one, in units of the lower gradient. The hypergradient holds while the same ones are active; at 0 that is
             for steps of x to one side only. None where there are none.
+        growth: through training steps: the largest norm of the cotangent on its way back, over that at the end. Far
+            above 1 the training is chaotic, and the derivative exact but useless. None for implicit hypergradients.
     """
 
     status: Status
@@ -46,6 +49,7 @@ class Certificate:
     linear_distance_bound: Tensor | None
     counts: Counts
     margin: Tensor | None = None
+    growth: Tensor | None = None
 
     def __str__(self) -> str:
         error = "not estimated" if self.error_estimate is None else f"{float(self.error_estimate):.2e}"
@@ -56,6 +60,7 @@ class Certificate:
             f"error estimate {error}; linear residual {float(self.residual):.1e} ({self.status.name.lower()}); "
             f"lower gradient norm {float(self.lower_gradient_norm):.1e}; curvature {curvature}; "
             f"{self.counts.gradients} gradients, {self.counts.hvps} HVPs{self._margin()}"
+            + ("" if self.growth is None else f"; cotangent growth {float(self.growth):.2g}")
         )
 
     def _margin(self) -> str:
@@ -67,11 +72,37 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class TrainingRun:
+    """A training run that was differentiated.
+
+    Args:
+        value: f at the trained weights.
+        y: the trained weights, structured like y.
+        initial: df/dy0, the gradient in the weights at the start (of the steps visited), structured like y.
+        optimizer: the gradients in the optimizer's state there, structured like it; counters stand as they are.
+        visited: what the visit took.
+    """
+
+    value: Tensor
+    y: Variables
+    initial: Variables
+    optimizer: Any
+    visited: Visited
+
+
+@dataclass(frozen=True)
 class Hypergradient:
-    """The gradient of `F(x) = f(x, y*(x))`, structured like x, with its certificate."""
+    """The gradient of `F(x) = f(x, y*(x))`, structured like x, with its certificate.
+
+    Args:
+        gradient: structured like x, detached.
+        certificate: how far to trust it.
+        run: what else a gradient through training has to tell; None for others.
+    """
 
     gradient: Variables
     certificate: Certificate
+    run: TrainingRun | None = None
 
 
 class Estimate(NamedTuple):
@@ -94,6 +125,9 @@ class Estimate(NamedTuple):
 
 class Estimator(ABC):
     """Estimates hypergradients. Implementations are frozen dataclasses; what they carry along is a separate state."""
+
+    replays: ClassVar[bool] = False
+    """Whether it differentiates through training steps; then it takes them itself, starting from the y it is given."""
 
     @abstractmethod
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> Any:

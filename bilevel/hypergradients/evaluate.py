@@ -52,7 +52,7 @@ def hypergradient(
         -2.0
     """
     chosen = _fitting(problem) if estimator is None else estimator
-    oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed)
+    oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed, trains=chosen.replays)
     state = chosen.init(oracles, flat_x, flat_y)
     estimate, _ = chosen.estimate(oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify)
     bad = (~estimate.gradient.isfinite()).nonzero()

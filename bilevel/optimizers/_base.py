@@ -20,6 +20,31 @@ def at(value: Hyperparameter, x: Any, step: int) -> float | Tensor:
     return value(x, step) if callable(value) else value
 
 
+class Pulled(NamedTuple):
+    """Cotangents before an update: of y, of the gradient, of the state's tensors, of the learned hyperparameters."""
+
+    y: Tensor
+    gradient: Tensor
+    buffers: tuple[Tensor, ...]
+    learned: tuple[Tensor, ...]
+
+
+class Linearized(NamedTuple):
+    """An update with its derivative by formula.
+
+    Args:
+        y: after the update.
+        state: after the update.
+        learned: hyperparameters with a graph, 0-dim each.
+        pull: (cotangent of y, those of the state's tensors) -> the cotangents before the update.
+    """
+
+    y: Tensor
+    state: Any
+    learned: tuple[Tensor, ...]
+    pull: Callable[[Tensor, tuple[Tensor, ...]], Pulled]
+
+
 S = TypeVar("S", bound=NamedTuple)
 
 
@@ -44,6 +69,13 @@ class Optimizer(ABC, Generic[S]):
             state: what `init` or the last `update` returned.
             x: passed to hyperparameters that are functions of `(x, step)`.
         """
+
+    def linearized(self, y: Tensor, gradient: Tensor, state: S, x: Any = None) -> Linearized | None:
+        """Return the update with its derivative by formula, which spares a graph; None where there is no formula.
+
+        Hyperparameters that are functions of x keep their graphs in x; nothing else needs one.
+        """
+        return None
 
     @property
     def needs_lr(self) -> bool:

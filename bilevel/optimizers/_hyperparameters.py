@@ -17,7 +17,8 @@ from bilevel.status import InvalidProblem
 
 def is_number(value: Any) -> bool:
     """Whether value is a real number; booleans are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # Asking about Real is slow, and this is asked several times a step.
+    return isinstance(value, float | int | Real) and not isinstance(value, bool)
 
 
 def is_zero(value: Any) -> bool:
@@ -99,6 +100,15 @@ def scale(value: Hyperparameter, factor: float) -> Hyperparameter:
     if not is_number(factor) or not math.isfinite(factor) or factor < 0:
         raise InvalidProblem(f"factor={factor!r} must be a finite number >= 0")
     return _Scaled(value, factor) if callable(value) else value * factor
+
+
+def plus(base: Tensor, factor: float | Tensor, direction: Tensor, sign: int = 1) -> Tensor:
+    """Return `base ± factor direction` without a temporary vector: fresh memory costs more than arithmetic."""
+    if not isinstance(factor, Tensor):
+        return torch.add(base, direction, alpha=sign * float(factor))
+    if factor.dtype == base.dtype == direction.dtype and factor.device == base.device:
+        return torch.addcmul(base, direction, factor, value=sign)
+    return base + sign * (factor * direction)
 
 
 def root(value: Tensor) -> Tensor:

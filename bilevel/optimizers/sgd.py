@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers._base import Hyperparameter, Optimizer
-from bilevel.optimizers._hyperparameters import check, check_flag, is_zero, resolve, scale
+from bilevel.optimizers._base import Hyperparameter, Linearized, Optimizer, Pulled
+from bilevel.optimizers._hyperparameters import check, check_flag, is_zero, plus, resolve, scale
 from bilevel.status import InvalidProblem
 
 
@@ -90,20 +90,64 @@ class SGD(Optimizer[SGDState]):
 
     def update(self, y: Tensor, gradient: Tensor, state: SGDState, x: Any = None) -> tuple[Tensor, SGDState]:
         """Return the next y and state; see the class for the formula."""
+        lr, momentum, decay = self._factors(y, state, x)
+        direction, buffer = self._direction(y, gradient, state, x, momentum, decay)
+        return plus(y, lr, direction, -1), SGDState(state.step + 1, buffer)
+
+    def linearized(self, y: Tensor, gradient: Tensor, state: SGDState, x: Any = None) -> Linearized | None:
+        """Return the update with its derivative by formula; None with dampening, or with a rate for each entry."""
+        with torch.enable_grad():
+            factors = self._factors(y, state, x)
+        if not is_zero(self.dampening) or any(isinstance(factor, Tensor) and factor.dim() > 0 for factor in factors):
+            return None
+        lr, momentum, decay = (f.detach() if isinstance(f, Tensor) else f for f in factors)
+        with torch.no_grad():
+            direction, buffer = self._direction(y, gradient, state, x, momentum, decay)
+            after = plus(y, lr, direction, -1)
+        learned = [f for f in factors if isinstance(f, Tensor) and f.requires_grad]
+        wanted = [isinstance(f, Tensor) and f.requires_grad for f in factors]
+
+        def pull(a: Tensor, buffers: tuple[Tensor, ...]) -> Pulled:
+            c, along = buffers[0], -lr * a  # cotangents of the buffer and of the direction
+            slopes = [-_dot(a, direction)] if wanted[0] else []
+            if is_zero(self.momentum):
+                h, before = along, c
+            else:
+                c = plus(c, momentum, along) if self.nesterov else c + along
+                h = c + along if self.nesterov else c
+                before = c * momentum if state.step > 0 else torch.zeros_like(c)
+                if wanted[1]:
+                    slope = _dot(c, state.buffer) if state.step > 0 else a.new_zeros(())
+                    slopes.append(slope + _dot(along, buffer) if self.nesterov else slope)
+            if wanted[2]:
+                slopes.append(_dot(h, y))
+            in_y = a if is_zero(self.weight_decay) else plus(a, decay, h)
+            return Pulled(in_y, -h if self.maximize else h, (before,), tuple(slopes))
+
+        return Linearized(after, SGDState(state.step + 1, buffer), tuple(learned), pull)
+
+    def _factors(self, y: Tensor, state: SGDState, x: Any) -> tuple[float | Tensor, float | Tensor, float | Tensor]:
         lr = resolve("lr", self._rate(), x, state.step, y)
-        direction = -gradient if self.maximize else gradient
+        momentum = 0.0 if is_zero(self.momentum) else resolve("momentum", self.momentum, x, state.step, y)
+        decay = 0.0 if is_zero(self.weight_decay) else resolve("weight_decay", self.weight_decay, x, state.step, y)
+        return lr, momentum, decay
+
+    def _direction(
+        self, y: Tensor, gradient: Tensor, state: SGDState, x: Any, momentum: float | Tensor, decay: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the direction of the step, and the next buffer."""
+        h = -gradient if self.maximize else gradient
         if not is_zero(self.weight_decay):
-            direction = direction + resolve("weight_decay", self.weight_decay, x, state.step, y) * y
+            h = plus(h, decay, y)
         if is_zero(self.momentum):
-            return y - lr * direction, SGDState(state.step + 1, state.buffer)
-        momentum = resolve("momentum", self.momentum, x, state.step, y)
-        if state.step == 0:
-            buffer = direction
-        else:
-            dampening = resolve("dampening", self.dampening, x, state.step, y)
-            buffer = momentum * state.buffer + (1 - dampening) * direction
-        direction = direction + momentum * buffer if self.nesterov else buffer
-        return y - lr * direction, SGDState(state.step + 1, buffer)
+            return h, state.buffer
+        buffer = plus(self._damped(h, state.step, x, y), momentum, state.buffer) if state.step > 0 else h
+        return (plus(h, momentum, buffer) if self.nesterov else buffer), buffer
+
+    def _damped(self, direction: Tensor, step: int, x: Any, y: Tensor) -> Tensor:
+        if is_zero(self.dampening):
+            return direction
+        return (1 - resolve("dampening", self.dampening, x, step, y)) * direction
 
     def with_lr(self, lr: Hyperparameter) -> SGD:
         """Return this optimizer with the step length `lr`."""
@@ -133,3 +177,7 @@ class SGD(Optimizer[SGDState]):
                 "that measures it; here none was supplied: give lr, or call with_lr"
             )
         return self.lr
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))

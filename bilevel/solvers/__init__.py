@@ -12,8 +12,9 @@ from bilevel.solvers.hypergradient_descent import HypergradientDescent
 from bilevel.solvers.kkt import KKT
 from bilevel.solvers.lv_hba import LVHBA
 from bilevel.solvers.meha import MEHA
+from bilevel.solvers.metagradient import Metagradient
 from bilevel.solvers.prox_f2sa import ProxF2SA
-from bilevel.solvers.published import amigo, imaml, implicit, neumann, nystrom
+from bilevel.solvers.published import amigo, imaml, implicit, neumann, nystrom, unrolled
 from bilevel.solvers.sparse import SparseDescent
 from bilevel.solvers.v_pbgd import VPBGD
 
@@ -31,6 +32,7 @@ __all__ = [
     "MEHA",
     "VPBGD",
     "HypergradientDescent",
+    "Metagradient",
     "ProxF2SA",
     "SparseDescent",
     "amigo",
@@ -38,4 +40,5 @@ __all__ = [
     "implicit",
     "neumann",
     "nystrom",
+    "unrolled",
 ]

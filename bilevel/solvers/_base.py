@@ -89,9 +89,13 @@ class Solver(ABC, Generic[S]):
     handles_lower_set: ClassVar[bool] = False
     handles_constraints: ClassVar[bool] = False
     handles_nonsmooth: ClassVar[bool] = False
-    replays: ClassVar[bool] = False
     contract_steps: ClassVar[int] = 300
     """Upper steps that the defaults need on the reference quadratic; comparisons scale a task's steps likewise."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether it differentiates through training steps, so that x may act through the start or the optimizer."""
+        return False
 
     def refuse(self, problem: Problem) -> None:
         """Raise InvalidProblem if the problem has a part that this solver cannot treat.

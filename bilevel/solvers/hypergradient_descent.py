@@ -60,7 +60,8 @@ class HypergradientDescent(Solver[DescentState]):
             `SGD(lr=None)` takes the step 1 / (largest curvature), measured at the start and followed by the Ritz values
             of the linear solves.
         lower_steps: lower steps before each upper step (for LBFGS: at most so many iterations).
-        estimator: of the hypergradient.
+        estimator: of the hypergradient. One that differentiates through training (`Unrolled`) takes the lower steps
+            itself, with its own optimizer; `lower`, `lower_steps` and `restart_lower` are not used then.
         restart_lower: start every lower solve from `problem.lower_init(x)` instead of the last y. None: where the
             problem has a lower_init.
         clip_norm: scale longer hypergradients down to this Euclidean norm.
@@ -98,14 +99,19 @@ class HypergradientDescent(Solver[DescentState]):
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InvalidProblem(f"clip_norm must be > 0, got {self.clip_norm}.")
 
+    @property
+    def replays(self) -> bool:
+        """Whether the estimator differentiates through training steps."""
+        return self.estimator.replays
+
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> DescentState:
         """Return the state before the first step; measures the lower curvature if the lower step length needs it."""
         self.refuse(oracles.problem)
-        if self.restart_lower and oracles.problem.lower_init is None:
+        if self.restart_lower and not self.replays and oracles.problem.lower_init is None:
             raise InvalidProblem("restart_lower=True needs Problem(lower_init=...) to say where to restart.")
         lower = self._lower(oracles)
         largest = None
-        if isinstance(lower, Optimizer) and lower.needs_lr:
+        if isinstance(lower, Optimizer) and lower.needs_lr and not self.replays:
             linearization = oracles.linearize_lower(x, y)
             largest = largest_curvature(Operator(linearization.hvp, diagonal=linearization.diagonal), y)
         return DescentState(
@@ -180,6 +186,8 @@ class HypergradientDescent(Solver[DescentState]):
     def _solve_lower(self, oracles: Oracles, state: DescentState) -> tuple[Tensor, Any, Callable[[], Tensor] | None]:
         """Return y after the lower steps, the lower optimizer's state, and () -> the diagonal of its last step."""
         lower, y = self._lower(oracles), state.y
+        if self.replays:
+            return y, state.lower, None
         if self.restart_lower is not False and oracles.problem.lower_init is not None:
             y = oracles.y_layout.flatten(oracles.problem.lower_init(oracles.x_layout.unflatten(state.x)))
         if isinstance(lower, LBFGS):

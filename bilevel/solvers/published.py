@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from bilevel.hypergradients.first_order import FirstOrder
 from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
-from bilevel.optimizers import SGD
+from bilevel.optimizers import SGD, Optimizer
+from bilevel.replay import Schedule, Sqrt
 from bilevel.solvers.hypergradient_descent import HypergradientDescent
 
 
@@ -101,3 +104,97 @@ def nystrom(rank: int = 10, rho: float = 1e-2, **options: Any) -> HypergradientD
         Hataya, Yamada, "Nystrom method for accurate and scalable implicit differentiation", AISTATS 2023.
     """
     return HypergradientDescent(estimator=Implicit(linear=Nystrom(rank=rank, damping=rho), warm_start=False), **options)
+
+
+def unrolled(
+    lower: Optimizer[Any] | None = None,
+    lower_steps: int = 20,
+    *,
+    truncate: int | None = None,
+    restart: bool | None = None,
+    schedule: Schedule | None = None,
+    microbatches: int = 1,
+    **options: Any,
+) -> HypergradientDescent:
+    """Differentiate through the lower steps of each upper step, by reverse mode with bounded memory.
+
+    Args:
+        lower: optimizer of y; `SGD(lr=None)` if None. Its hyperparameters may be functions of `(x, step)`.
+        lower_steps: steps of each training.
+        truncate: differentiate through the last so many of them only.
+        restart: start each training anew; None: where the problem has a lower_init. If not, y goes on from where it
+            was, and the gradient stops there.
+        schedule: which states to hold; `Sqrt()` if None.
+        microbatches: parts of each batch that are differentiated one by one.
+        options: of `HypergradientDescent`: upper, clip_norm, certify_every.
+
+    References:
+        Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML
+        2017 (Algorithm 1); with `truncate`, Shaban, Cheng, Hatch, Boots, "Truncated back-propagation for bilevel
+        optimization", AISTATS 2019.
+
+    Example:
+        >>> import bilevel, torch
+        >>> task = bilevel.problems.scalar()
+        >>> solution = bilevel.solve(task.problem, unrolled(), task.x0, task.y0, steps=100)
+        >>> abs(float(solution.x) - float(task.problem.reference)) < 1e-2
+        True
+    """
+    estimator = Unrolled(
+        lower=SGD(lr=None) if lower is None else lower,
+        steps=lower_steps,
+        restart=restart,
+        truncate=truncate,
+        schedule=Sqrt() if schedule is None else schedule,
+        microbatches=microbatches,
+    )
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
+
+
+def maml(lr: float = 0.1, lower_steps: int = 1, *, first_order: bool = False, **options: Any) -> HypergradientDescent:
+    """Model-agnostic meta-learning: learn a start from which few gradient steps adapt to a task.
+
+    State the start as `lower_init`, several tasks as `Problem(blocks=...)`; the lower objective is a task's loss on its
+    support examples, the upper one on its query examples. The lower batches of upper step u are u T to u T + T - 1.
+
+    Args:
+        lr: of the adaptation (0.4 for Omniglot and 0.01 for miniImageNet in the paper).
+        lower_steps: T, steps of each adaptation.
+        first_order: leave out second derivatives.
+        options: of `HypergradientDescent`: upper, clip_norm, certify_every.
+
+    References:
+        Finn, Abbeel, Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017
+        (Algorithm 1).
+
+    Example:
+        >>> import bilevel, torch
+        >>> problem = bilevel.Problem(  # tasks y -> t_i; the best start is between their targets
+        ...     upper=lambda x, y, t: 0.5 * (y - t).square(), lower=lambda x, y, t: 0.5 * (y - t).square() + 0 * x,
+        ...     upper_data=bilevel.Full(torch.tensor([1.0, 3.0])), lower_data=bilevel.Full(torch.tensor([1.0, 3.0])),
+        ...     lower_init=lambda x: x.expand(2), blocks=2)
+        >>> solution = bilevel.solve(problem, maml(), torch.tensor(0.0), steps=200)
+        >>> round(float(solution.x), 2)
+        2.0
+    """
+    common: dict[str, Any] = {"lower": SGD(lr), "steps": lower_steps, "fresh": True}
+    estimator = FirstOrder(**common) if first_order else Unrolled(**common)
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
+
+
+def reptile(lr: float = 0.1, lower_steps: int = 5, **options: Any) -> HypergradientDescent:
+    """Reptile: move a start toward the weights that training reaches from it.
+
+    The problem is stated as for `maml`; the upper objective is only reported, apart from a part that x enters directly.
+
+    Args:
+        lr: of the adaptation.
+        lower_steps: steps of each adaptation.
+        options: of `HypergradientDescent`: upper (`SGD(1.0)` and less in the paper), clip_norm.
+
+    References:
+        Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999 (Algorithm 1).
+    """
+    options.setdefault("upper", SGD(0.5))
+    estimator = FirstOrder(lower=SGD(lr), steps=lower_steps, fresh=True, reptile=True)
+    return HypergradientDescent(estimator=estimator, lower_steps=0, **options)

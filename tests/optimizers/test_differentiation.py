@@ -172,3 +172,44 @@ def test_works_under_vmap_and_jvp(optimizer):
     slopes = torch.func.vmap(torch.func.grad(lambda x: unroll(optimizer, x)))(batch)
     leaf = batch[1].clone().requires_grad_()
     torch.testing.assert_close(slopes[1], torch.autograd.grad(unroll(optimizer, leaf), leaf)[0])
+
+
+FORMULAS = {
+    "plain": SGD(lambda x, step: x[0].exp()),
+    "decay": SGD(lambda x, step: x[0].exp(), weight_decay=lambda x, step: x[1].sigmoid()),
+    "momentum": SGD(lambda x, step: x[0].exp(), lambda x, step: x[2].sigmoid(), weight_decay=0.3),
+    "Nesterov": SGD(lambda x, step: x[0].exp(), lambda x, step: x[2].sigmoid(), nesterov=True, weight_decay=0.3),
+    "maximize": SGD(0.1, 0.9, maximize=True, weight_decay=lambda x, step: x[1].exp()),
+    "numbers": SGD(0.1, 0.9),
+}
+
+
+@pytest.mark.parametrize("step", [0, 3])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+@pytest.mark.parametrize("optimizer", FORMULAS.values(), ids=FORMULAS)
+def test_the_formula_of_an_update_is_its_derivative(optimizer, shape, step):
+    x = X.clone().requires_grad_()
+    y, gradient = (v.reshape(shape).clone().requires_grad_() for v in (START, TARGET))
+    state = optimizer.init(y)._replace(step=step)
+    buffer = (0.3 * X.reshape(shape) if state.buffer.numel() else state.buffer).clone().requires_grad_()
+    state = state._replace(buffer=buffer)
+    after, after_state = optimizer.update(y, gradient, state, x)
+    a, b = torch.cos(after).detach(), torch.sin(after_state.buffer).detach()
+    inputs = [y, gradient, buffer, x]
+    expected = torch.autograd.grad([after, after_state.buffer], inputs, [a, b], materialize_grads=True)
+
+    found = optimizer.linearized(y.detach(), gradient.detach(), state._replace(buffer=buffer.detach()), x)
+    torch.testing.assert_close(found.y, after.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(found.state.buffer, after_state.buffer.detach(), rtol=0, atol=0)
+    pulled = found.pull(a, (b,))
+    in_x = torch.zeros_like(X)
+    if found.learned:
+        (in_x,) = torch.autograd.grad(found.learned, [x], pulled.learned)
+    for one, other in zip([pulled.y, pulled.gradient, pulled.buffers[0], in_x], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-15)
+
+
+def test_updates_without_a_formula_say_so():
+    y = START.clone()
+    for optimizer in (SGD(0.1, 0.9, dampening=0.1), SGD(torch.full_like(y, 0.1)), Adam(0.1)):
+        assert optimizer.linearized(y, y, optimizer.init(y), X) is None
