@@ -26,6 +26,10 @@ from bilevel.status import Status
 
 RESOLUTION = 1e-2
 """Length of steps in log-penalties that ends the descent: one percent of a penalty."""
+PATIENCE = 10
+"""Steps within which the loss must fall."""
+STATIONARY = 1e-2
+"""Norm of the hypergradient that ends the descent, in units of `tol` times the loss."""
 
 Strengths = dict[str, Tensor]
 """Upper variables: logarithms of penalties, one vector for each kind."""
@@ -56,10 +60,16 @@ class Statement:
 
 
 class Record:
-    """Every x evaluated, with the loss of each fold; as a callback it stops the descent where its steps are short."""
+    """Every x evaluated, with the loss of each fold; as a callback it says when the descent has nothing to gain.
 
-    def __init__(self, statement: Statement) -> None:
-        self.statement = statement
+    Args:
+        statement: what is evaluated.
+        tol: fraction of the loss by which it must fall within `PATIENCE` steps.
+    """
+
+    def __init__(self, statement: Statement, tol: float) -> None:
+        self.statement, self.tol = statement, tol
+        self.best: list[float] = []
         self.rows: list[tuple[Strengths, Tensor]] = []
         self.next: Strengths = {}
 
@@ -71,10 +81,12 @@ class Record:
 
     def __call__(self, event: Event) -> bool:
         """Record where the last step started."""
-        self.add(self.next, event.y)
+        loss = self.add(self.next, event.y)
+        self.best.append(min([loss, *self.best[-1:]]))
+        idle = len(self.best) > PATIENCE and self.best[-1] > (1 - self.tol) * self.best[-1 - PATIENCE]
         before, self.next = self.next, {name: value.clone() for name, value in event.x.items()}
         moved = torch.cat([(self.next[name] - value).abs().flatten() for name, value in before.items()])
-        return bool(moved.max() <= RESOLUTION)
+        return idle or bool(moved.max() <= RESOLUTION)
 
 
 class Tuned(BaseEstimator, ABC):
@@ -92,7 +104,7 @@ class Tuned(BaseEstimator, ABC):
         cv: Any = 5,
         fit_intercept: bool = True,
         max_iter: int = 100,
-        tol: float = 1e-6,
+        tol: float = 1e-4,
         random_state: int | None = None,
     ) -> None:
         self.penalty = penalty
@@ -132,7 +144,7 @@ class Tuned(BaseEstimator, ABC):
         folds = Folds.of(X, targets, weights, splits, **options)
         groups = self._groups(X.shape[1])
         statement = self._stated(folds, groups)
-        record = Record(statement)
+        record = Record(statement, self.tol)
         best, tried = np.inf, statement.y0
         for x in self._starts(folds, groups):
             tried = statement.solve(x, tried).y
@@ -146,7 +158,7 @@ class Tuned(BaseEstimator, ABC):
             start,
             warm,
             steps=self.max_iter,
-            tol=self.tol * best,
+            tol=STATIONARY * self.tol * best,
             callbacks=[record],
             progress=False,
         )
@@ -224,6 +236,6 @@ class Tuned(BaseEstimator, ABC):
         return torch.as_tensor(np.unique(labels, return_inverse=True)[1].reshape(-1))
 
 
-def plain(values: Tensor, groups: Tensor, penalty: Any) -> Any:
+def plain(values: Tensor, penalty: Any) -> Any:
     """Return a penalty as users see it: a number if shared, an array `[n_groups]` otherwise."""
     return float(values) if isinstance(penalty, str) and penalty == "shared" else values.numpy().copy()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data import Full
-from bilevel.integrations.sklearn._base import Statement, Strengths, Tuned
+from bilevel.integrations.sklearn._base import Statement, Strengths, Tuned, plain
 from bilevel.integrations.sklearn._descent import Lower, cholesky
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._newton import Loss, newton
@@ -45,9 +45,7 @@ class Decayed(Tuned, ABC):
         return ladder(folds.total, int(groups.max()) + 1)
 
     def _by_group(self, x: Strengths) -> Any:
-        decay = x["alpha"].exp()
-        shared = isinstance(self.penalty, str) and self.penalty == "shared"
-        return float(decay) if shared else decay.numpy().copy()
+        return plain(x["alpha"].exp(), self.penalty)
 
 
 def decays(folds: Folds, groups: Tensor, classes: int = 1, intercept: float | None = None) -> Any:
@@ -70,6 +68,17 @@ def decays(folds: Folds, groups: Tensor, classes: int = 1, intercept: float | No
     return weight
 
 
+def squares(x: Any, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return the mean `(A y - t)^2`."""
+    inputs, targets, weights = batch
+    return (weights * (inputs @ y - targets[:, 0]).square()).sum()
+
+
+def halved(x: Any, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Return half of it."""
+    return squares(x, y, batch) / 2
+
+
 def least_squares(folds: Folds, groups: Tensor) -> Statement:
     """State `g = mean (A y - t)^2 / 2 + sum_j alpha_j y_j^2 / 2n`, `f = mean (A' y - t')^2`."""
     A, t, s = folds.train.batch
@@ -77,20 +86,13 @@ def least_squares(folds: Folds, groups: Tensor) -> Statement:
     covariance, moment = weighted @ A, weighted @ t
     weight = decays(folds, groups)
 
-    def residual(x: Any, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        inputs, targets, weights = batch
-        return (weights * (inputs @ y - targets[:, 0]).square()).sum()
-
-    def lower(x: Any, y: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        return residual(x, y, batch) / 2
-
     def solved(x: Strengths, y: Tensor) -> Lower:
         hessian = covariance + torch.diag_embed(weight(x))
         return Lower(torch.cholesky_solve(moment, cholesky(hessian)).squeeze(-1), hessian)
 
     return Statement(
         Problem(
-            upper=residual, lower=lower, regularizer=L2(weight), upper_set=bounded(folds.total), blocks=len(A),
+            upper=squares, lower=halved, regularizer=L2(weight), upper_set=bounded(folds.total), blocks=len(A),
             upper_data=Full(folds.validation.batch), lower_data=Full(folds.train.batch),
         ),
         solved,

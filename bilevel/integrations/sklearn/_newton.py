@@ -78,6 +78,24 @@ class Softmax(Loss):
         return torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
 
+@final
+@dataclass(frozen=True)
+class SquaredHinge(Loss):
+    """`sum_k max(1 - t_k z_k, 0)^2`, t = -1 or 1 (0 where padded): one machine for each column."""
+
+    def value(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return the squared hinge."""
+        return F.relu(1 - targets * scores).square().sum(-1)
+
+    def slopes(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return `-2 t max(1 - t z, 0)`."""
+        return -2 * targets * F.relu(1 - targets * scores)
+
+    def curvatures(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Return 2 within the margin, 0 beyond it."""
+        return torch.diag_embed(2.0 * (targets * scores < 1) * targets.square())
+
+
 def newton(
     loss: Loss, train: tuple[Tensor, Tensor, Tensor], decay: Tensor, y: Tensor, max_steps: int = 100
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +112,8 @@ def newton(
         max_steps: of Newton's method.
 
     Returns:
-        The minimizers `[m, d c]` and the Hessians there `[m, d c, d c]`; from L-BFGS their diagonals `[m, d c]`.
+        The minimizers `[m, d c]`, and the Hessians `[m, d c, d c]` there or a step or two before; from L-BFGS their
+        diagonals `[m, d c]`.
 
     References:
         Boyd, Vandenberghe, "Convex Optimization", 2004, algorithm 9.5.

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from sklearn.base import RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bilevel.integrations.sklearn._base import Statement, Strengths
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._linear import Decayed, least_squares
+from bilevel.integrations.sklearn._regressor import LinearRegressor
 
 
-class BilevelRidge(RegressorMixin, Decayed):
+class BilevelRidge(LinearRegressor, Decayed):
     """Ridge regression whose decays minimize the cross-validated squared error, all at once.
 
         min_w sum_i s_i (t_i - <w, z_i> - b)^2 + sum_j alpha_j w_j^2
@@ -29,8 +27,8 @@ class BilevelRidge(RegressorMixin, Decayed):
         cv: folds, as scikit-learn takes them: a number, a splitter, or pairs of indices.
         fit_intercept: learn b, and center the features.
         max_iter: steps along the hypergradient, >= 1.
-        tol: > 0; it ends where the hypergradient is below `tol` times the loss. It also ends where no log-decay moves
-            by more than 0.01.
+        tol: > 0; it ends where the loss has fallen by less than this fraction in ten steps, and where the hypergradient
+            is below `0.01 tol` times the loss. It also ends where no log-decay moves by more than 0.01.
         random_state: shuffle the samples before they are cut into `cv` folds, with this seed. None: as they come, as in
             scikit-learn. All else is deterministic.
 
@@ -66,38 +64,8 @@ class BilevelRidge(RegressorMixin, Decayed):
         (0.21, 2993)
     """
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> BilevelRidge:
-        """Tune the decays, then fit all samples.
-
-        Args:
-            X: features, `[n, d]`.
-            y: targets, `[n]`.
-            sample_weight: s, `[n]`, >= 0; 1 for all if None.
-
-        Returns:
-            The estimator.
-
-        Raises:
-            ValueError: as the class says.
-        """
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
-        y = y.astype(np.float64)
-        self._tune(X, y, y[:, None], sample_weight, center_targets=True)
-        return self
-
-    def predict(self, X: Any) -> Any:
-        """Return predictions `[n]` for features `[n, d]`."""
-        check_is_fitted(self)
-        return validate_data(self, X, dtype=np.float64, reset=False) @ self.coef_ + self.intercept_
-
     def _stated(self, folds: Folds, groups: Tensor) -> Statement:
         return least_squares(folds, groups)
 
     def _natural(self, x: Strengths, folds: Folds) -> dict[str, Any]:
         return {"alpha": self._by_group(x)}
-
-    def _learned(self, y: Tensor, folds: Folds) -> None:
-        self.alpha_ = self.best_params_["alpha"]
-        self.coef_ = (y[0] * folds.target_scale / folds.scale[0]).numpy()
-        offset = float(folds.target_center[0, 0]) - float(folds.center[0].numpy() @ self.coef_)
-        self.intercept_ = offset if self.fit_intercept else 0.0

@@ -89,4 +89,9 @@ def test_newton_ends_where_the_gradient_vanishes(
     whole = torch.autograd.functional.hessian(objective, y)
     for k in range(2):
         exact = whole[k, :, k]
-        torch.testing.assert_close(hessian[k], exact if dense else exact.diagonal(), rtol=1e-5, atol=1e-9)
+        if not dense:
+            torch.testing.assert_close(hessian[k], exact.diagonal(), rtol=1e-5, atol=1e-9)
+            continue
+        # It may be that of an earlier step, close enough for steps with it to converge.
+        ratios = torch.linalg.eigvals(torch.linalg.solve(hessian[k], exact)).real
+        assert (ratios - 1).abs().max() < _newton.SLOW**0.5
