@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from bilevel.callbacks import Event
 from bilevel.integrations.sklearn._descent import Lower, Profile
 from bilevel.integrations.sklearn._folds import Folds, Split
+from bilevel.integrations.sklearn._rprop import Rprop
 from bilevel.loop import solve
+from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
 from bilevel.status import Status
 
@@ -43,11 +45,13 @@ class Statement:
         problem: the folds as blocks.
         solve: the solution of the lower level.
         y0: where it starts, `[m, d]`.
+        upper: how x moves.
     """
 
     problem: Problem
     solve: Callable[[Strengths, Tensor], Lower]
     y0: Tensor
+    upper: Optimizer[Any] = field(default_factory=Rprop)
 
     def losses(self, x: Strengths, y: Tensor) -> Tensor:
         """Return the validation loss of each fold, `[m]`."""
@@ -154,7 +158,7 @@ class Tuned(BaseEstimator, ABC):
         record.next = start
         self.solution_ = solve(
             statement.problem,
-            Profile(statement.solve, kinks=self._kinks(statement)),
+            Profile(statement.solve, statement.upper, kinks=self._kinks(statement)),
             start,
             warm,
             steps=self.max_iter,

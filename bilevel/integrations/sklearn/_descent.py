@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bilevel.hypergradients import ActiveSet, Implicit
 from bilevel.hypergradients._base import Estimate, Estimator
-from bilevel.integrations.sklearn._rprop import Rprop
 from bilevel.linear import CG, Operator
 from bilevel.linear.preconditioners import Preconditioner, Prepared
 from bilevel.optimizers import Optimizer
@@ -91,13 +90,13 @@ class Profile(Solver[ProfileState]):
 
     Args:
         lower: (x as the user writes it, y `[m, d]` near the solution) -> `Lower`.
-        kinks: whether the lower level has kinks, so that the hypergradient is that of the active set.
         upper: optimizer of x.
+        kinks: whether the lower level has kinks, so that the hypergradient is that of the active set.
     """
 
     lower: Callable[[Any, Tensor], Lower]
+    upper: Optimizer[Any]
     kinks: bool = False
-    upper: Optimizer[Any] = field(default_factory=Rprop)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ProfileState:
         """Return the state before the first step."""

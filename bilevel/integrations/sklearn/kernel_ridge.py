@@ -15,6 +15,7 @@ from bilevel.data import Full
 from bilevel.integrations.sklearn._base import Statement, Strengths, Tuned, plain
 from bilevel.integrations.sklearn._descent import Lower, cholesky
 from bilevel.integrations.sklearn._folds import Folds
+from bilevel.integrations.sklearn._secant import Secant
 from bilevel.problem import Problem
 from bilevel.regularizers import L2
 from bilevel.sets import Box
@@ -129,7 +130,7 @@ class BilevelKernelRidge(RegressorMixin, Tuned):
             upper=upper, lower=lower, regularizer=L2(decay), upper_set=Box(*bounds), blocks=len(A),
             upper_data=Full((*folds.validation.batch, A, present)), lower_data=Full((A, t, present)),
         )  # fmt: skip
-        return Statement(problem, solved, torch.zeros_like(t[..., 0]))
+        return Statement(problem, solved, torch.zeros_like(t[..., 0]), Secant())
 
     def _starts(self, folds: Folds, groups: Tensor) -> Sequence[Strengths]:
         each = torch.ones(int(groups.max()) + 1, dtype=torch.float64)
