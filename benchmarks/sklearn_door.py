@@ -1,0 +1,158 @@
+"""The estimators of `bilevel.integrations.sklearn` beside grids of scikit-learn, and one decay per feature.
+
+Run `python -m benchmarks.sklearn_door --json FILE`. Rows: data, method, fits, cv_score, test_score, seconds, cpu_seconds.
+
+Every method gets the same five folds and the same standardization (a pipeline for scikit-learn's), and its score is what
+it minimizes: negative squared error, cross-entropy, or squared hinge where it says so. Grids have 100 points of one
+hyperparameter. scikit-learn's logistic regression stops early with its default tol; a second grid solves it exactly.
+
+The rows "noise" have 20 features that matter and 180 that do not. Selection sees 300 samples, by cross-validation alone;
+`test_score` (R^2, or accuracy) is on 2000 fresh ones, means over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.linear_model import Lasso, LassoCV, LogisticRegression, Ridge, RidgeCV
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from bilevel.integrations.sklearn import (
+    BilevelElasticNet,
+    BilevelLasso,
+    BilevelLogisticRegression,
+    BilevelRidge,
+)
+from bilevel.report import Row, table, write_json
+
+POINTS = 100
+SQUARES, ENTROPY = "neg_mean_squared_error", "neg_log_loss"
+COLUMNS = ("data", "method", "fits", "cv_score", "test_score", "seconds", "cpu_seconds")
+LOADERS = {"diabetes": load_diabetes, "breast_cancer": load_breast_cancer, "digits": load_digits}
+Make = Callable[[], Any]
+
+
+def grid(model: Any, name: str, values: Any, scoring: str) -> Any:
+    """Return scikit-learn's search over one hyperparameter."""
+    step = type(model).__name__.lower()
+    return GridSearchCV(make_pipeline(StandardScaler(), model), {f"{step}__{name}": values}, cv=5, scoring=scoring)
+
+
+def regressors() -> dict[str, Make]:
+    """Return ways to choose penalties of a regression."""
+    decays, strengths = np.logspace(-4, 4, POINTS), np.logspace(-3, 2, POINTS)
+    return {
+        "GridSearchCV(Ridge)": lambda: grid(Ridge(), "alpha", decays, SQUARES),
+        "RidgeCV, leave one out": lambda: make_pipeline(StandardScaler(), RidgeCV(decays)),
+        "BilevelRidge": BilevelRidge,
+        "BilevelRidge('feature')": lambda: BilevelRidge("feature"),
+        "GridSearchCV(Lasso)": lambda: grid(Lasso(), "alpha", strengths, SQUARES),
+        "LassoCV": lambda: make_pipeline(StandardScaler(), LassoCV(alphas=POINTS, cv=5)),
+        "BilevelLasso": BilevelLasso,
+        "BilevelElasticNet": BilevelElasticNet,
+    }
+
+
+def classifiers() -> dict[str, Make]:
+    """Return ways to choose penalties of a logistic regression."""
+    values = np.logspace(-4, 4, POINTS)
+    return {
+        "GridSearchCV(LogisticRegression)": lambda: grid(LogisticRegression(max_iter=10_000), "C", values, ENTROPY),
+        "GridSearchCV(LogisticRegression(tol=1e-8))": lambda: grid(
+            LogisticRegression(tol=1e-8, max_iter=10_000), "C", values, ENTROPY
+        ),
+        "BilevelLogisticRegression": BilevelLogisticRegression,
+    }
+
+
+def timed(data: str, method: str, make: Make, X: Any, y: Any) -> tuple[Row, Any]:
+    """Fit once; return the row and the fitted model."""
+    model, wall, cpu = make(), time.perf_counter(), time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(X, y)
+    row: Row = {"data": data, "method": method}
+    row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return row | told(model), model
+
+
+def told(model: Any) -> Row:
+    """Return the cross-validated score and the number of points evaluated."""
+    last = model[-1] if hasattr(model, "steps") else model
+    if isinstance(last, LassoCV):  # its folds share one standardization, so that its score is its own
+        return {"cv_score": -float(last.mse_path_.mean(-1).min()), "fits": 5 * len(last.alphas_)}
+    if isinstance(last, RidgeCV):
+        return {"fits": POINTS}
+    return {"cv_score": float(last.best_score_), "fits": 5 * len(last.cv_results_["params"])}
+
+
+def noise(seed: int, n: int, *, classes: bool) -> tuple[Any, Any]:
+    """Return samples with 20 features that matter and 180 that do not; a seed has one set of weights."""
+    weights = np.random.default_rng(seed).standard_normal(20)
+    rng = np.random.default_rng((seed, n))
+    X = rng.standard_normal((n, 200))
+    signal = X[:, :20] @ weights + 2 * rng.standard_normal(n)
+    return X, (signal > 0).astype(int) if classes else signal
+
+
+def noisy(seeds: int) -> list[Row]:
+    """Return rows of one decay and many on data with noise features, judged on fresh samples."""
+    decays = np.logspace(-4, 4, POINTS)
+    ways: dict[str, tuple[bool, Make]] = {
+        "GridSearchCV(Ridge)": (False, lambda: grid(Ridge(), "alpha", decays, SQUARES)),
+        "BilevelRidge": (False, BilevelRidge),
+        "BilevelRidge('feature')": (False, lambda: BilevelRidge("feature")),
+        "LassoCV": (False, lambda: make_pipeline(StandardScaler(), LassoCV(alphas=POINTS, cv=5))),
+        "BilevelLasso": (False, BilevelLasso),
+        "GridSearchCV(LogisticRegression)": (True, lambda: grid(LogisticRegression(), "C", decays, ENTROPY)),
+        "BilevelLogisticRegression": (True, BilevelLogisticRegression),
+        "BilevelLogisticRegression('feature')": (True, lambda: BilevelLogisticRegression("feature")),
+    }
+    rows = []
+    for name, (classes, make) in ways.items():
+        runs = []
+        for seed in range(seeds):
+            row, model = timed("noise, classes" if classes else "noise", name, make, *noise(seed, 300, classes=classes))
+            X, y = noise(seed, 2000, classes=classes)
+            last = model.best_estimator_ if isinstance(model, GridSearchCV) else model
+            runs.append(row | {"test_score": float(last.score(X, y))})
+        numbers = {key: float(np.mean([run[key] for run in runs])) for key in COLUMNS[2:]}
+        spread = float(np.std([run["test_score"] for run in runs]))
+        rows.append({"data": runs[0]["data"], "method": name, "seeds": seeds, "test_spread": spread} | numbers)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write meta and rows here")
+    parser.add_argument(
+        "--data", nargs="*", choices=[*LOADERS, "noise"], default=[*LOADERS, "noise"], help="only these"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="of the data with noise features")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    BilevelRidge().fit(*load_diabetes(return_X_y=True))  # the first call loads what torch loads late
+    rows: list[Row] = []
+    for name in options.data:
+        if name == "noise":
+            rows += noisy(options.seeds)
+            continue
+        ways = regressors() if name == "diabetes" else classifiers()
+        rows += [timed(name, method, make, *LOADERS[name](return_X_y=True))[0] for method, make in ways.items()]
+    print(table(rows, COLUMNS))
+    if options.json:
+        write_json(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Doors into other libraries, each optional: importing one asks for its library."""
