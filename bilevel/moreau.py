@@ -70,8 +70,9 @@ class Curvatures(NamedTuple):
         # Closer than this, differences of gradients are rounding.
         seen = distance > torch.finfo(apart.dtype).eps ** 0.5 * self.size
         over = torch.where(seen, 1 / distance.clamp_min(torch.finfo(apart.dtype).tiny), torch.zeros_like(distance))
-        in_y, in_x = (first.y - second.y).norm() * over, self.unit * (first.x - second.x).norm() * over
-        along = ((first.y - second.y) * apart).sum() * over.square()
+        change = first.y - second.y
+        in_y, in_x = change.norm() * over, self.unit * (first.x - second.x).norm() * over
+        along = torch.dot(change.flatten(), apart.flatten()) * over.square()
         return self._replace(
             lower=torch.maximum(self.lower, in_y),
             joint=torch.maximum(self.joint, torch.hypot(in_x, in_y)),

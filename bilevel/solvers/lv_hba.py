@@ -14,9 +14,9 @@ from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Schedule, check_schedule
+from bilevel.penalty import Schedule, check_schedule, moved
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.status import InvalidProblem
 
 FLATTEST = 1e-6
 """Curvature of g up to which it counts as linear."""
@@ -158,31 +158,26 @@ class LVHBA(Solver[LVHBAState]):
         # Multipliers in the user's units: scaling the constraint by 1 / norm scales its slope in λ by 1 / norm².
         at_old = oracles.lower_gradient(x, state.theta, k)[1]
         coupled = constraint_terms(oracles, x, state.theta, state.multiplier, q, k)
-        in_theta = at_old + coupled.y + (state.theta - y) / gamma
         in_multiplier = coupled.value / norms.square() - (state.multiplier - z) / dual_gamma
-        theta = oracles.project_y(state.theta - lr * in_theta)
+        theta = oracles.project_y(moved(torch.lerp(state.theta, y, lr / gamma), at_old + coupled.y, -lr))
         multiplier = clipped(state.multiplier + lr * in_multiplier, self.bound, q)
 
         upper, lower = oracles.upper_gradient(x, y, k), oracles.lower_gradients(x, y, k)
         value, pull = oracles.lower_gradients(x, theta, k), constraint_terms(oracles, x, theta, multiplier, q, k)
         in_x = upper.x / penalty + lower.x - value.x - pull.x
-        in_y = upper.y / penalty + lower.y - (y - theta) / gamma
-        x_next, y_next = oracles.project_jointly(x - upper_lr * in_x, y - upper_lr * in_y)
+        in_y, lifted = moved(lower.y, upper.y, 1 / penalty), torch.lerp(y, theta, -upper_lr / gamma)
+        x_next, y_next = oracles.project_jointly(moved(x, in_x, -upper_lr), moved(lifted, in_y, -upper_lr))
         tracker = clipped(z + tracker_lr * (multiplier - z) / dual_gamma, self.bound, q)
 
-        moves = [
-            (x - x_next) / upper_lr, (y - y_next) / upper_lr, norms * (z - tracker) / tracker_lr,
-            (state.theta - theta) / lr, norms * (state.multiplier - multiplier) / lr,
+        residuals = [
+            (x - x_next).norm() / upper_lr, (y - y_next).norm() / upper_lr, (norms * (z - tracker)).norm() / tracker_lr,
+            (state.theta - theta).norm() / lr, (norms * (state.multiplier - multiplier)).norm() / lr,
         ]  # fmt: skip
-        missing = torch.full_like(upper.value, float("nan"))
-        metrics = Metrics(
+        metrics = Metrics.unsolved(
             upper_value=upper.value,
-            stationarity=penalty * torch.cat([move.flatten() for move in moves]).norm(),
             lower_value=lower.value,
-            lower_gradient_norm=(value.y + pull.y).norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
+            lower_gradient=value.y + pull.y,
+            residuals=[penalty * residual for residual in residuals],
         )
         at_bound = (multiplier.abs() >= self.bound).any() & (state.touched < 0)
         return LVHBAState(

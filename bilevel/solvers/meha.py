@@ -12,12 +12,12 @@ from bilevel.moreau import SAFE, Curvatures, check_lr, check_runaway
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Schedule, check_schedule
+from bilevel.penalty import Schedule, check_schedule, moved
 from bilevel.problem import Problem
 from bilevel.regularizers import L2, ElasticNet
 from bilevel.sets import Box, NonNegative
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.status import InvalidProblem
 
 
 class MEHAState(NamedTuple):
@@ -137,28 +137,24 @@ class MEHA(Solver[MEHAState]):
         penalty = at(self.penalty, None, k)
         lr, y_lr, upper_lr = self._rates(state, penalty)
 
-        at_old = oracles.lower_gradients(x, state.theta, k, declared=False)
-        theta = _prox(oracles, x, state.theta - lr * (at_old.y + (state.theta - y) / gamma), lr)
+        at_old = oracles.lower_gradient(x, state.theta, k, declared=False)[1]
+        theta = _prox(oracles, x, moved(torch.lerp(state.theta, y, lr / gamma), at_old, -lr), lr)
 
         upper, lower = oracles.upper_gradient(x, y, k), oracles.lower_gradients(x, y, k, declared=False)
         envelope, declared = oracles.lower_gradients(x, theta, k, declared=False), oracles.declared(x)
         kinks = declared.gradient_x(y) - declared.gradient_x(theta)
         x_next = oracles.project_x(x - upper_lr * (upper.x / penalty + lower.x - envelope.x + kinks))
 
-        in_y = oracles.upper_gradient(x_next, y, k).y / penalty
-        in_y = in_y + oracles.lower_gradients(x_next, y, k, declared=False).y - (y - theta) / gamma
-        y_next = _prox(oracles, x_next, y - y_lr * in_y, y_lr)
+        in_y = oracles.lower_gradient(x_next, y, k, declared=False)[1]
+        in_y = moved(in_y, oracles.upper_gradient(x_next, y, k).y, 1 / penalty)
+        y_next = _prox(oracles, x_next, moved(torch.lerp(y, theta, -y_lr / gamma), in_y, -y_lr), y_lr)
 
-        moves = [(x - x_next) / upper_lr, ((y - y_next) / y_lr).flatten(), ((state.theta - theta) / lr).flatten()]
-        missing = torch.full_like(upper.value, float("nan"))
-        metrics = Metrics(
+        residuals = (x - x_next).norm() / upper_lr, (y - y_next).norm() / y_lr, (state.theta - theta).norm() / lr
+        metrics = Metrics.unsolved(
             upper_value=upper.value,
-            stationarity=penalty * torch.cat(moves).norm(),
             lower_value=lower.value + declared.value(y),
-            lower_gradient_norm=((y - _prox(oracles, x, y - lr * lower.y, lr)) / lr).norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
+            lower_gradient=(y - _prox(oracles, x, moved(y, lower.y, -lr), lr)).norm() / lr,
+            residuals=[penalty * residual for residual in residuals],
         )
         curvature = state.curvature.followed(lower, envelope, y - theta)
         return MEHAState(x_next, y_next, k + 1, theta, curvature, metrics)
