@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,6 +21,7 @@ from bilevel.callbacks import Event
 from bilevel.integrations.sklearn._descent import Lower, Profile
 from bilevel.integrations.sklearn._folds import Folds, Split
 from bilevel.integrations.sklearn._rprop import Rprop
+from bilevel.integrations.sklearn._secant import Secant
 from bilevel.loop import solve
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
@@ -45,13 +46,24 @@ class Statement:
         problem: the folds as blocks.
         solve: the solution of the lower level.
         y0: where it starts, `[m, d]`.
-        upper: how x moves.
+        upper: how x moves; None chooses by its size.
     """
 
     problem: Problem
     solve: Callable[[Strengths, Tensor], Lower]
     y0: Tensor
-    upper: Optimizer[Any] = field(default_factory=Rprop)
+    upper: Optimizer[Any] | None = None
+
+    @property
+    def kinks(self) -> bool:
+        """Whether the lower level has kinks."""
+        regularizer = self.problem.regularizer
+        return regularizer is not None and not regularizer.smooth
+
+    def solver(self, x: Strengths) -> Profile:
+        """Return what tunes from x: one penalty by secants, many, or kinks, by signs."""
+        alone = sum(value.numel() for value in x.values()) == 1 and not self.kinks
+        return Profile(self.solve, self.upper or (Secant() if alone else Rprop()), kinks=self.kinks)
 
     def losses(self, x: Strengths, y: Tensor) -> Tensor:
         """Return the validation loss of each fold, `[m]`."""
@@ -158,7 +170,7 @@ class Tuned(BaseEstimator, ABC):
         record.next = start
         self.solution_ = solve(
             statement.problem,
-            Profile(statement.solve, statement.upper, kinks=self._kinks(statement)),
+            statement.solver(start),
             start,
             warm,
             steps=self.max_iter,
@@ -184,10 +196,6 @@ class Tuned(BaseEstimator, ABC):
         self.cv_results_ = self._results(record, folds)
         self.n_iter_ = len(self.solution_.history)
         self._learned(final.solve(chosen, final.y0).y, whole)
-
-    def _kinks(self, statement: Statement) -> bool:
-        regularizer = statement.problem.regularizer
-        return regularizer is not None and not regularizer.smooth
 
     def _unit(self, folds: Folds) -> float:
         """Return the factor from losses to those in units of the user."""

@@ -97,7 +97,12 @@ class SquaredHinge(Loss):
 
 
 def newton(
-    loss: Loss, train: tuple[Tensor, Tensor, Tensor], decay: Tensor, y: Tensor, max_steps: int = 100
+    loss: Loss,
+    train: tuple[Tensor, Tensor, Tensor],
+    decay: Tensor,
+    y: Tensor,
+    near: Tensor | None = None,
+    max_steps: int = 100,
 ) -> tuple[Tensor, Tensor]:
     """Minimize `sum_i s_i loss(A_i y) + sum_j decay_j y_j^2 / 2` in each fold.
 
@@ -109,6 +114,7 @@ def newton(
         train: inputs `[m, n, d]`, targets `[m, n, c]`, weights `[m, n]`.
         decay: `[m, d c]`.
         y: start, `[m, d c]`.
+        near: the Hessian of the losses (without decay) at some point not far off, to start with.
         max_steps: of Newton's method.
 
     Returns:
@@ -135,14 +141,15 @@ def newton(
 
     if y.shape[-1] > DENSE:
         return _scaled_lbfgs(value, gradient, lambda y: _diagonal(A, curvatures(y), decay), y)
-    H, last = _hessian(A, curvatures(y), decay), torch.inf
-    factor = cholesky(H)
+    own = torch.diag_embed(decay)
+    H = _hessian(A, curvatures(y)) + own if near is None else near + own
+    factor, last = cholesky(H), torch.inf
     for _ in range(max_steps):
         g, before = gradient(y).unsqueeze(-1), value(y)
         step = torch.cholesky_solve(g, factor)
         decrement = (g * step).sum((-2, -1))
         if float((decrement / before).max()) > SLOW * last:
-            H = _hessian(A, curvatures(y), decay)
+            H = _hessian(A, curvatures(y)) + own
             factor = cholesky(H)
             step = torch.cholesky_solve(g, factor)
             decrement = (g * step).sum((-2, -1))
@@ -184,11 +191,11 @@ def _diagonal(A: Tensor, curvatures: Tensor, decay: Tensor) -> Tensor:
     return (own.reshape(decay.shape) + decay).clamp_min(1e-12)
 
 
-def _hessian(A: Tensor, curvatures: Tensor, decay: Tensor) -> Tensor:
+def _hessian(A: Tensor, curvatures: Tensor) -> Tensor:
     m, _, d = A.shape
     c = curvatures.shape[-1]
     whole = A.new_empty(m, d, c, d, c)
     for a in range(c):
         for b in range(a + 1):
             whole[:, :, a, :, b] = whole[:, :, b, :, a] = (A * curvatures[..., a, b, None]).mT @ A
-    return whole.reshape(m, d * c, d * c) + torch.diag_embed(decay)
+    return whole.reshape(m, d * c, d * c)

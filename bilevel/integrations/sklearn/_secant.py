@@ -67,6 +67,8 @@ class Secant(Optimizer[SecantState]):
         if state.last is not None:
             inverse = _updated(inverse, y - state.last[0], gradient - state.last[1], first=state.step == 1)
             direction = inverse @ gradient
+            if not bool(direction @ gradient > 0):  # rounding has spoiled the inverse: begin anew
+                return moved, SecantState(1, lengths, torch.eye(len(y), dtype=y.dtype), (y, gradient))
             moved = y - direction / (direction.abs() / (2 * lengths.length)).max().clamp_min(1.0)
         return moved, SecantState(state.step + 1, lengths, inverse, (y, gradient))
 

@@ -39,15 +39,15 @@ def test_secant_goes_along_a_valley_that_rprop_crosses() -> None:
     assert run(Rprop(), VALLEY, 30).norm() > 1e-3
 
 
-def test_secant_bounds_its_steps_and_keeps_its_inverse_positive() -> None:
+def test_secant_bounds_its_steps_and_goes_down_even_along_a_saddle() -> None:
     saddle = torch.tensor([1.0, -1.0], dtype=torch.float64).diag()
     optimizer, y = Secant(), torch.tensor([3.0, 0.1], dtype=torch.float64)
     state = optimizer.init(y)
-    for _ in range(20):
+    for _ in range(50):
         before = y
         y, state = optimizer.update(y, saddle @ y, state)
         assert bool(((y - before).abs() <= 2 * state.lengths.length + 1e-12).all())
-        assert torch.linalg.eigvalsh(state.inverse)[0] > 0
+        assert (y - before) @ saddle @ before < 0
 
 
 def test_the_update_meets_the_secant_equation() -> None:
