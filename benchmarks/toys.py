@@ -6,8 +6,9 @@ The error is that of x, relative (to the nearest minimizer where there are sever
 within the problem's tolerance and "missed" where it is not; "refused" where the solver declines, with its message that
 names those which can; otherwise how the solve ended.
 
-What is missed is missed for a reason. Implicit hypergradients, and BAMM and BDA with mu = 0 (plain unrolling), have no
-business with `mc`, whose lower Hessian is singular; gradient penalties stop at any stationary point of `sin`; BLOCC
+What is missed is missed for a reason. Implicit hypergradients, gradients through training, and BAMM and BDA with mu = 0
+have no business with `mc`, whose lower Hessian is singular; gradient penalties, and trainings that start anew at each
+step (Metagradient), stop at another stationary point of `sin`; BLOCC
 wants a strongly convex g, which that of `mci` is not; and the start of `wl` has no support along which a sparse
 hypergradient could move.
 """
@@ -92,6 +93,8 @@ METHODS: dict[str, dict[str, Run]] = {
     "BLOCC": {ELSE: Run(solvers.BLOCC(), 1000)},
     "SparseDescent": {ELSE: Run(solvers.SparseDescent(), 300)},
     "KKT": {ELSE: Run(solvers.KKT(), 6)},
+    "unrolled": {ELSE: Run(solvers.unrolled(), 300)},
+    "Metagradient": {ELSE: Run(solvers.Metagradient(), 300)},
 }
 """Name -> settings by problem. Add a method by adding a line; `ELSE` serves every problem that is not named."""
 

@@ -45,6 +45,7 @@ def test_the_same_code_runs_on_any_device_and_writes_its_rows(tmp_path: Path, de
     assert all(set(throughput.COLUMNS) <= row.keys() and row["hvps_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_rows_of_replay_have_their_keys_and_the_same_gradient(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     replay.main(["--json", str(file), "--quick", "--long"])

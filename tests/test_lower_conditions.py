@@ -113,6 +113,7 @@ def test_blocks() -> None:
     assert float(found.stationarity) == float(found.lower_violation) == float(found.complementarity) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "steps", "tolerance"),
     [(KKT(starts=1), 6, 1e-9), (BLOCC(), 200, 1e-3), (LVHBA(penalty=Power(1.0, 0.3)), 600, 1e-2)],

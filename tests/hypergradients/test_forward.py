@@ -58,6 +58,7 @@ def test_forward_mode_is_reverse_mode(optimizer: Any) -> None:
     assert float(forward.certificate.error_estimate) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directions", [1, 8])
 def test_random_directions_average_to_the_gradient(directions: int) -> None:
     problem = Problem(upper=PROBLEM.upper, lower=lower, upper_data=PROBLEM.upper_data, lower_data=Full(DATA.data))

@@ -68,6 +68,7 @@ def windows(estimator: Any, count: int) -> tuple[Tensor, float]:
     return total, variance**0.5
 
 
+@pytest.mark.slow
 def test_persistent_windows_are_unbiased_where_truncated_ones_are_not() -> None:
     """Three windows of two steps: the gradient of f after 2, 4 and 6 steps, summed."""
     expected = exact(2) + exact(4) + exact(6)
@@ -101,6 +102,7 @@ def test_options_out_of_range_are_refused(make: Any, text: str) -> None:
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ZerothOrder, PES])
 def test_they_descend_and_are_saved(kind: Any) -> None:
     task = bilevel.problems.scalar()

@@ -144,6 +144,7 @@ def test_digits_are_split_and_replaced_as_said() -> None:
     assert not bool((one.wrong & ~one.replaced).any())
 
 
+@pytest.mark.slow
 def test_hyper_cleaning_gains_within_a_few_steps() -> None:
     task = hyper_cleaning()
     solution = solved(task, steps=5, lower_steps=10)

@@ -66,6 +66,7 @@ def test_plain_unrolling_answers_one_half() -> None:
     torch.testing.assert_close(solution.x, torch.full_like(solution.x, 0.5), rtol=0, atol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_defaults_solve_the_quadratic_and_the_merely_convex_toy(dtype: torch.dtype) -> None:
     for task, steps, tolerance in (

@@ -56,6 +56,7 @@ def test_step_is_the_one_written_down(value_control: bool, sign: float) -> None:
         torch.testing.assert_close(along / xi, 0.25 * squared)  # the gap closes as fast as asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "value_control"), [(torch.float64, False), (torch.float32, False), (torch.float64, True)]
 )
@@ -69,6 +70,7 @@ def test_defaults_solve_the_quadratic(dtype: torch.dtype, value_control: bool) -
     assert solution.x.dtype == dtype
 
 
+@pytest.mark.slow
 def test_steps_that_do_not_fall_leave_a_floor() -> None:
     errors = []
     for lr in (0.2, 0.05):

@@ -28,6 +28,7 @@ def test_error_falls_like_one_over_the_penalty() -> None:
     assert 9 <= coarse / fine <= 11
 
 
+@pytest.mark.slow
 def test_warm_loops_need_few_steps() -> None:
     """Ten steps from the last y and z are as good as fifty; restarted from a common point ten would be biased."""
     task = bilevel.problems.quadratic()

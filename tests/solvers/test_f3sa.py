@@ -112,6 +112,7 @@ def test_counts() -> None:
             assert oracles.counts - before == (1, 12 + 1, 0, 0)
 
 
+@pytest.mark.slow
 def test_shen_and_a_simple_quadratic() -> None:
     for task, steps in ((toys.shen(1.0), 600), (toys.sc(), 600)):
         solution = bilevel.solve(task.problem, F3SA(upper=SGD(0.02)), task.x0, task.y0, steps=steps)

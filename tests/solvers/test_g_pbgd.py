@@ -71,6 +71,7 @@ def test_bias_is_inversely_proportional_to_the_penalty() -> None:
     assert 9.9 < errors[1] / errors[2] < 10.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_defaults_solve_the_quadratic(dtype: torch.dtype) -> None:
     task = bilevel.problems.quadratic(dtype=dtype)
@@ -82,6 +83,7 @@ def test_defaults_solve_the_quadratic(dtype: torch.dtype) -> None:
     assert solution.history["lower_gradient_norm"][-1] < 1.0
 
 
+@pytest.mark.slow
 def test_toys_with_a_regular_lower_level() -> None:
     for task, steps in ((toys.mc(), 1500), (toys.shen(), 1500)):
         solution = bilevel.solve(task.problem, GPBGD(), task.x0, task.y0, steps=steps)

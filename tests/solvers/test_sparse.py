@@ -111,6 +111,7 @@ def test_defaults_solve_the_toys(make: Callable[[], Task], steps: int) -> None:
     assert float(solution.certificate.error_estimate) < 1e-6
 
 
+@pytest.mark.slow
 def test_it_ends_at_the_best_point_of_a_fine_grid() -> None:
     problem = lasso()
     solution = bilevel.solve(problem, SparseDescent(), number(0.0), ZERO, steps=60)

@@ -90,6 +90,7 @@ def test_no_bias_where_the_levels_oppose_each_other() -> None:
         assert float(d_y.norm()) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_defaults_solve_the_quadratic(dtype: torch.dtype) -> None:
     task = bilevel.problems.quadratic(dtype=dtype)
@@ -123,6 +124,7 @@ def test_merely_convex_lower_level() -> None:
     assert error < 1e-3
 
 
+@pytest.mark.slow
 def test_bounds_of_the_lower_level() -> None:
     """The bound of y's first entry is active: no bias there, elsewhere it is about 1 / (4 penalty)."""
     task = toys.box()
