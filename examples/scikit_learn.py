@@ -13,8 +13,8 @@ from bilevel.integrations.sklearn import BilevelLasso, BilevelRidge
 from bilevel.report import table
 
 # Ten features that matter, more or less, and 40 columns of noise: 400 samples choose penalties by cross-validation and
-# train, 2000 fresh ones judge. Means over five draws. (Many penalties can fit the folds too well: with fewer samples, or
-# on data where one lasso penalty already drops what is noise, one decay a feature need not win.)
+# train, 2000 fresh ones judge. Means over five draws. Many penalties can fit the folds too well: with fewer samples, or
+# where one lasso penalty drops the noise as well, one decay a feature need not win.
 
 
 def samples(seed: int, count: int) -> tuple[Any, Any]:
@@ -55,9 +55,8 @@ for name, make in ways.items():
 print(table(rows))
 
 _, model = run(ways["one decay a feature"], 0)
-print(
-    f"\nmedian decay of features that matter {np.median(model.alpha_[:10]):.2g}, of noise {np.median(model.alpha_[10:]):.2g}"
-)
+useful, useless = np.median(model.alpha_[:10]), np.median(model.alpha_[10:])
+print(f"\nmedian decay of features that matter {useful:.2g}, of noise {useless:.2g}")
 print("hypergradient at the end:", model.solution_.certificate)
 
 # The show: better on samples that chose nothing.
