@@ -20,7 +20,8 @@ class BilevelRidge(LinearRegressor, Decayed):
     z are the features standardized on the samples fitted: what each fold learns from, or at the end all of them. With
     `alpha_j = alpha` this is scikit-learn's `make_pipeline(StandardScaler(), Ridge(alpha))`. The folds are the blocks
     of one bilevel problem; each is solved exactly, and so is the linear system of the hypergradient in log(alpha). A
-    ladder of 8 shared decays gives the start, from which steps by the signs of the hypergradient lead down.
+    ladder of 8 shared decays gives the start; from there one decay moves by secants of the hypergradient, several by
+    its signs, each with a step of its own length.
 
     Args:
         penalty: "shared": one decay; "feature": one for each feature; or an array `[d]` of labels: one for each group.
