@@ -108,17 +108,17 @@ class SGD(Optimizer[SGDState]):
         wanted = [isinstance(f, Tensor) and f.requires_grad for f in factors]
 
         def pull(a: Tensor, buffers: tuple[Tensor, ...]) -> Pulled:
-            c, along = buffers[0], -lr * a  # cotangents of the buffer and of the direction
+            # c: cotangent of the buffer; h: of the gradient with its decay; -lr a: of the direction.
             slopes = [-_dot(a, direction)] if wanted[0] else []
             if is_zero(self.momentum):
-                h, before = along, c
+                h, before = a * -lr, buffers[0]
             else:
-                c = plus(c, momentum, along) if self.nesterov else c + along
-                h = c + along if self.nesterov else c
+                c = plus(buffers[0], lr * momentum if self.nesterov else lr, a, -1)
+                h = plus(c, lr, a, -1) if self.nesterov else c
                 before = c * momentum if state.step > 0 else torch.zeros_like(c)
                 if wanted[1]:
                     slope = _dot(c, state.buffer) if state.step > 0 else a.new_zeros(())
-                    slopes.append(slope + _dot(along, buffer) if self.nesterov else slope)
+                    slopes.append(slope - lr * _dot(a, buffer) if self.nesterov else slope)
             if wanted[2]:
                 slopes.append(_dot(h, y))
             in_y = a if is_zero(self.weight_decay) else plus(a, decay, h)

@@ -261,7 +261,9 @@ class _ByFormula:
         in_x: list[Tensor | None] = [None] * len(self.xs)
         if ends:
             found = torch.autograd.grad(ends, [*self.ys, *self.xs], along, allow_unused=True)
-            y, in_x = y + join(oracles.y_layout, found[: len(self.ys)], (), y), list(found[len(self.ys) :])
+            # Several leaves were just concatenated; the product of a single one may be u itself.
+            product, in_x = join(oracles.y_layout, found[: len(self.ys)], (), y), list(found[len(self.ys) :])
+            y = product.add_(y) if len(self.ys) > 1 else product + y
         if oracles.problem.regularizer is not None:
             in_y, more = self.training.declared_products(self.y, u)
             y, in_x = y + in_y, _added(in_x, more)
