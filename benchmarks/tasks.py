@@ -34,6 +34,7 @@ class Task:
         lower: training batch.
         x: log decay of every weight.
         y: weights.
+        logits: (y, images) -> what the loss is about.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     lower: Batch
     x: Leaves
     y: Leaves
+    logits: Callable[[Leaves, Tensor], Tensor]
 
     def traced(self, x: Leaves, y: Leaves, batch: Batch) -> Tensor:
         """Return the lower objective with the decay written into it."""
@@ -84,13 +86,18 @@ def softmax_regression(decays: Range = (1e-2, 1.0), *, quick: bool = False) -> T
     half = len(labels) // 5
     pixels = images.shape[1]
     y = {"weight": torch.zeros(10, pixels), "bias": torch.zeros(10)}
+
+    def logits(y: Leaves, images: Tensor) -> Tensor:
+        return F.linear(images, y["weight"], y["bias"])
+
     task = Task(
         name="softmax regression",
-        loss=lambda y, batch: F.cross_entropy(F.linear(batch[0], y["weight"], y["bias"]), batch[1]),
+        loss=lambda y, batch: F.cross_entropy(logits(y, batch[0]), batch[1]),
         upper=(images[:half], labels[:half]),
         lower=(images[half:], labels[half:]),
         x=log_decays(y, decays),
         y=y,
+        logits=logits,
     )
     return task.trained(steps=30 if quick else 300)
 
@@ -107,10 +114,13 @@ def network(batch: int = 128, decays: Range = (1e-1, 1.0), *, quick: bool = Fals
     first = torch.randn(hidden, pixels, generator=generator) / pixels**0.5
     last = torch.randn(10, hidden, generator=generator) / hidden**0.5
 
-    def loss(y: Leaves, batch: Batch) -> Tensor:
+    def logits(y: Leaves, images: Tensor) -> Tensor:
         dtype = y["first"].dtype
-        inside = F.linear(batch[0], y["first"] + first.to(dtype), y["first bias"]).tanh()
-        return F.cross_entropy(F.linear(inside, y["last"] + last.to(dtype), y["last bias"]), batch[1])
+        inside = F.linear(images, y["first"] + first.to(dtype), y["first bias"]).tanh()
+        return F.linear(inside, y["last"] + last.to(dtype), y["last bias"])
+
+    def loss(y: Leaves, batch: Batch) -> Tensor:
+        return F.cross_entropy(logits(y, batch[0]), batch[1])
 
     y = {
         "first": torch.zeros(hidden, pixels),
@@ -119,7 +129,7 @@ def network(batch: int = 128, decays: Range = (1e-1, 1.0), *, quick: bool = Fals
         "last bias": torch.zeros(10),
     }
     upper, lower = (images[:128], labels[:128]), (images[128 : 128 + batch], labels[128 : 128 + batch])
-    task = Task(f"network, batch {batch}", loss, upper, lower, log_decays(y, decays), y)
+    task = Task(f"network, batch {batch}", loss, upper, lower, log_decays(y, decays), y, logits)
     return task.trained(steps=50 if quick else 300)
 
 
