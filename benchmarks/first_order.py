@@ -180,8 +180,8 @@ class Hand(Plain):
             self._descend(1, both)
         self.upper_gradient(1)
         count = len(self.moving)
-        torch._foreach_add_(self.moving, self.lower_gradients(1)[:count], alpha=-LR)
-        torch._foreach_add_(self.moving, self.lower_gradients(0)[:count], alpha=LR)
+        torch._foreach_add_(self.moving, self.lower_gradients(1)[:count], alpha=-LR * PENALTY)
+        torch._foreach_add_(self.moving, self.lower_gradients(0)[:count], alpha=LR * PENALTY)
 
     def _descend(self, at: int, gradient: Sequence[Tensor]) -> None:
         velocity, point = self.velocities[at], _leaves(self.points[at])
