@@ -24,9 +24,9 @@ class Declared:
 
     def gradient_x(self, y: Tensor) -> Tensor:
         """Return dr/dx, `[p]`: only the weights are traced."""
-        xs = leaves_of(self.x_layout, self.x)
         if self.regularizer is None:
             return torch.zeros_like(self.x)
+        xs = leaves_of(self.x_layout, self.x)
         with torch.enable_grad():
             coefficients = self.regularizer.coefficients(self.x_layout.nest(xs), self.y_layout)
             found = gradients([self.regularizer.value(coefficients, y)], xs)

@@ -142,8 +142,10 @@ class MEHA(Solver[MEHAState]):
 
         upper, lower = oracles.upper_gradient(x, y, k), oracles.lower_gradients(x, y, k, declared=False)
         envelope, declared = oracles.lower_gradients(x, theta, k, declared=False), oracles.declared(x)
-        kinks = declared.gradient_x(y) - declared.gradient_x(theta)
-        x_next = oracles.project_x(x - upper_lr * (upper.x / penalty + lower.x - envelope.x + kinks))
+        in_x = moved(lower.x - envelope.x, upper.x, 1 / penalty)
+        if oracles.problem.regularizer is not None:
+            in_x = in_x + declared.gradient_x(y) - declared.gradient_x(theta)
+        x_next = oracles.project_x(moved(x, in_x, -upper_lr))
 
         in_y = oracles.lower_gradient(x_next, y, k, declared=False)[1]
         in_y = moved(in_y, oracles.upper_gradient(x_next, y, k).y, 1 / penalty)
@@ -153,7 +155,7 @@ class MEHA(Solver[MEHAState]):
         metrics = Metrics.unsolved(
             upper_value=upper.value,
             lower_value=lower.value + declared.value(y),
-            lower_gradient=(y - _prox(oracles, x, moved(y, lower.y, -lr), lr)).norm() / lr,
+            lower_gradient=_proximal_gradient(oracles, x, y, lower.y, lr),
             residuals=[penalty * residual for residual in residuals],
         )
         curvature = state.curvature.followed(lower, envelope, y - theta)
@@ -186,6 +188,13 @@ class MEHA(Solver[MEHAState]):
 def _prox(oracles: Oracles, x: Tensor, v: Tensor, step: Tensor) -> Tensor:
     """Return the prox of `step` times the regularizer and the indicator of the lower set."""
     return oracles.project_y(oracles.declared(x).prox(v, step))
+
+
+def _proximal_gradient(oracles: Oracles, x: Tensor, y: Tensor, gradient: Tensor, lr: Tensor) -> Tensor:
+    """Return `(y - prox(y - lr gradient)) / lr`; the gradient itself where the prox is the identity."""
+    if oracles.problem.regularizer is None and oracles.problem.lower_set is None:
+        return gradient
+    return (y - _prox(oracles, x, moved(y, gradient, -lr), lr)) / lr
 
 
 def _check_prox(problem: Problem) -> None:
