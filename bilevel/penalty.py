@@ -37,6 +37,11 @@ def stable(momentum: float) -> float:
     return (2 + 2 * momentum) / (1 + 2 * momentum)
 
 
+def lower_batches(k: int, *, shared: bool) -> tuple[int, int]:
+    """Return which lower batches y and z see at step k: one for both, or one each."""
+    return (k, k) if shared else (2 * k, 2 * k + 1)
+
+
 def moved(point: Tensor, direction: Tensor, length: float | Tensor) -> Tensor:
     """Return `point + length direction`, in one pass over memory; the length is one number."""
     if isinstance(length, Tensor):

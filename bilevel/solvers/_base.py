@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Estimate
+from bilevel.optimizers import LBFGS, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.status import InvalidProblem, Status
@@ -66,6 +67,16 @@ class Metrics(NamedTuple):
             error_estimate=missing,
             status=Status.CONVERGED,
         )
+
+
+def check_upper(upper: Any) -> None:
+    """Refuse what cannot step x: anything but an optimizer that takes one gradient at a time.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    if isinstance(upper, LBFGS) or not isinstance(upper, Optimizer):
+        raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), not LBFGS, got {upper!r}.")
 
 
 def projected_gradient(oracles: Oracles, x: Tensor, h: Tensor) -> Tensor:

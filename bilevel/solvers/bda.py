@@ -13,7 +13,7 @@ from bilevel.aggregated import Aggregated
 from bilevel.optimizers import Adam, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers._base import Metrics, Solver, check_upper
 from bilevel.status import InvalidProblem, Status
 
 SAFE = 0.8
@@ -92,6 +92,7 @@ class BDA(Solver[BDAState]):
     measure_every: int = 500
 
     def __post_init__(self) -> None:
+        check_upper(self.upper)
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
         if not 0 <= self.mu <= 1:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple, final
 
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -88,8 +88,7 @@ class F2BA(Solver[F2BAState]):
     lower_steps: int = 20
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
         for name in ("penalty", "lower_lr"):

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
+from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -103,8 +103,7 @@ class F2SA(Solver[F2SAState]):
     shared_batches: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
         if not 0 <= self.momentum < 1:
@@ -129,7 +128,7 @@ class F2SA(Solver[F2SAState]):
         wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
-            y_step, z_step = self._batches(k)
+            y_step, z_step = lower_batches(k, shared=self.shared_batches)
             in_z = oracles.lower_gradient(x, z, z_step)[1]
             in_y = moved(oracles.lower_gradient(x, y, y_step)[1], oracles.upper_gradient(x, y, k).y, 1 / penalty)
             if t == 0:
@@ -138,7 +137,7 @@ class F2SA(Solver[F2SAState]):
             old_v, v, old_u, u = v, moved(z, in_z, -lr), u, moved(y, in_y, -lr)
             z, y = torch.lerp(old_v, v, 1 + beta), torch.lerp(old_u, u, 1 + beta)
         last = first + self.lower_steps
-        gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
+        gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
         residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
@@ -149,7 +148,3 @@ class F2SA(Solver[F2SAState]):
     def backtracked(self, factor: float) -> F2SA:
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor))
-
-    def _batches(self, k: int) -> tuple[int, int]:
-        """Return the lower batches of y and z at one step."""
-        return (k, k) if self.shared_batches else (2 * k, 2 * k + 1)

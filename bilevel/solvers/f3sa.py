@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
+from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -111,8 +111,7 @@ class F3SA(Solver[F3SAState]):
     shared_batches: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.05), got {self.upper!r}.")
+        check_upper(self.upper)
         check_schedule("penalty", self.penalty)
         check_schedule("renewal", self.renewal)
         if not callable(self.renewal) and self.renewal > 1:
@@ -142,13 +141,13 @@ class F3SA(Solver[F3SAState]):
             moved(a, b - c, keep)
             for a, b, c in zip(now, old[:3], self._in_y(oracles, old_x, old_y, old_z, k), strict=True)
         )
-        curvature = state.curvature.followed(oracles, x, z, now[0], self._batches(k)[1])
+        curvature = state.curvature.followed(oracles, x, z, now[0], lower_batches(k, shared=self.shared_batches)[1])
         lr = curvature.step(penalty, None if self.lower_lr is None else at(self.lower_lr, None, state.step))
         new_z, new_y = moved(z, in_z, -lr), moved(y, moved(in_y, in_f, 1 / penalty), -lr)
 
-        gap = Gap.at(oracles, x, new_y, new_z, k + 1, *self._batches(k + 1))
+        gap = Gap.at(oracles, x, new_y, new_z, k + 1, *lower_batches(k + 1, shared=self.shared_batches))
         # One step ago this point was (x, y, z) with that step's x, and its new y and z: today's.
-        past = Gap.at(oracles, old_x, y, z, k + 1, *self._batches(k + 1))
+        past = Gap.at(oracles, old_x, y, z, k + 1, *lower_batches(k + 1, shared=self.shared_batches))
         f_x, g_x_at_y, g_x_at_z = (
             moved(a, b - c, keep) for a, b, c in zip(_in_x(gap), old[3:], _in_x(past), strict=True)
         )
@@ -172,13 +171,9 @@ class F3SA(Solver[F3SAState]):
         return replace(self, upper=self.upper.scaled(factor))
 
     def _in_y(self, oracles: Oracles, x: Tensor, y: Tensor, z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        y_step, z_step = self._batches(k)
+        y_step, z_step = lower_batches(k, shared=self.shared_batches)
         in_z = oracles.lower_gradient(x, z, z_step)[1]
         return in_z, oracles.lower_gradient(x, y, y_step)[1], oracles.upper_gradient(x, y, k).y
-
-    def _batches(self, k: int) -> tuple[int, int]:
-        """Return the lower batches of y and z at one step."""
-        return (k, k) if self.shared_batches else (2 * k, 2 * k + 1)
 
 
 def _in_x(gap: Gap) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient, projected_lower_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
+from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient, projected_lower_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -107,8 +107,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
     shared_batches: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         if self.lower_steps < 1:
             raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
         if self.prox is not None and not self.prox > 0:
@@ -139,7 +138,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
-            y_step, z_step = self._batches(k)
+            y_step, z_step = lower_batches(k, shared=self.shared_batches)
             in_u = oracles.lower_gradient(x, u, z_step)[1]
             in_w = moved(oracles.lower_gradient(x, w, y_step)[1], oracles.upper_gradient(x, w, k).y, 1 / penalty)
             if t == 0:
@@ -150,7 +149,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         z, y = torch.lerp(z, u, self.averaging), torch.lerp(y, w, self.averaging)
 
         last = first + self.lower_steps
-        gap = Gap.at(oracles, x, y, z, last, *self._batches(last))
+        gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
         new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
         in_y, in_z = gap.residuals(penalty)
@@ -173,7 +172,3 @@ class ProxF2SA(Solver[ProxF2SAState]):
     def backtracked(self, factor: float) -> ProxF2SA:
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor))
-
-    def _batches(self, k: int) -> tuple[int, int]:
-        """Return the lower batches of y and z at one step."""
-        return (k, k) if self.shared_batches else (2 * k, 2 * k + 1)

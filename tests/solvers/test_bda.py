@@ -120,7 +120,14 @@ def test_each_unrolled_step_sees_a_batch_of_its_own() -> None:
 
 
 def test_options_and_refusals() -> None:
-    for options in ({"lower_steps": 0}, {"mu": 1.1}, {"decay": -1.0}, {"lr": 0.0}, {"measure_every": -1}):
+    for options in (
+        {"lower_steps": 0},
+        {"upper": bilevel.LBFGS()},
+        {"mu": 1.1},
+        {"decay": -1.0},
+        {"lr": 0.0},
+        {"measure_every": -1},
+    ):
         with pytest.raises(InvalidProblem, match=next(iter(options))):
             BDA(**options)  # type: ignore[arg-type]
     with pytest.raises(InvalidProblem, match="lr=1 is too large"):
