@@ -1,11 +1,12 @@
 """What one step of a first-order solver costs, beside the gradients that it makes, taken in plain torch.
 
-    python -m benchmarks.first_order --json FILE [--quick]
+    python -m benchmarks.first_order --json FILE [--quick] [--compiled]
 
 Rows: task, method, ratio, gradients, hvps, seconds. Plain torch takes the same derivatives of the same objectives on
 the same batches, at two points in turn as y and z are, leaf by leaf and with nothing else: no updates, no metrics, no
 random state to keep, no counts. So a ratio of 1 cannot be reached. "F2SA by hand" is what an expert's whole step costs
-beside the same gradients.
+beside the same gradients. With `--compiled` (it needs a C++ compiler, and half a minute or more for each) there is a
+second row of every first-order method, its step compiled as one graph; plain torch is not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -226,18 +228,18 @@ def recorded(oracles: Oracles, step: Callable[[], Any]) -> list[Call]:
     return calls
 
 
-def cost(work: Work, name: str, pairs: int) -> Row:
-    """Return the row of one method on one task."""
+def cost(work: Work, name: str, pairs: int, *, backend: str | None = None) -> Row:
+    """Return the row of one method on one task; its step compiled by a backend of `torch.compile`, if one is named."""
     if name == HAND:
         hand = Hand(work)
         step, calls, spent = hand.step, hand.calls, (len(hand.calls), 0)
     else:
         solver = SOLVERS[name]
         oracles, x, y = open_oracles(work.problem, work.x, work.y, needs_hvp=solver.needs_hvp)
-        state = solver.step(oracles, solver.init(oracles, x, y))
+        state, steps = solver.step(oracles, solver.init(oracles, x, y)), solver.step
 
         def step() -> None:
-            solver.step(oracles, state)
+            steps(oracles, state)
 
         before = oracles.counts
         calls = SECOND.get(name) or recorded(oracles, step)
@@ -245,19 +247,27 @@ def cost(work: Work, name: str, pairs: int) -> Row:
             step()
         change = oracles.counts - before
         spent = (change.gradients, change.hvps + change.crosses)
+        if backend is not None:
+            steps = torch.compile(solver.step, backend=backend, fullgraph=True)
     plain = Plain(work)
     timing = compare(step, lambda: plain.run(calls), pairs, torch.device("cpu"))
-    row: Row = {"task": work.name, "method": name, "ratio": timing.ratio, "gradients": spent[0], "hvps": spent[1]}
+    method = name if backend is None else f"{name}, compiled"
+    row: Row = {"task": work.name, "method": method, "ratio": timing.ratio, "gradients": spent[0], "hvps": spent[1]}
     return row | {"seconds": timing.seconds}
 
 
-def measure(*, quick: bool = False, only: Sequence[str] = (*SOLVERS, HAND)) -> list[Row]:
-    """Return all rows."""
-    rows = []
+def measure(*, quick: bool = False, only: Sequence[str] = (*SOLVERS, HAND), backend: str | None = None) -> list[Row]:
+    """Return all rows; with a backend a second one for each method that can be compiled."""
+    rows, pairs = [], 2 if quick else PAIRS
     for make in (weights, decays):
         for batch in (16,) if quick else (128, 16):
             work = make(batch, quick=quick)
-            rows += [cost(work, name, 2 if quick else PAIRS) for name in only]
+            for name in only:
+                rows.append(cost(work, name, pairs))
+                if backend is not None and name in SOLVERS and name not in SECOND:
+                    torch._dynamo.reset()
+                    with torch._dynamo.config.patch(trace_autograd_ops=True):
+                        rows.append(cost(work, name, pairs, backend=backend))
     return rows
 
 
@@ -267,10 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", required=True, help="where to write the rows")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it run?")
     parser.add_argument("--methods", nargs="*", choices=[*SOLVERS, HAND], default=[*SOLVERS, HAND], help="only these")
+    parser.add_argument("--compiled", action="store_true", help="also with compiled steps")
     options = parser.parse_args(arguments)
     # One thread: the ratio of two programs must not depend on who else uses the other cores.
     torch.set_num_threads(1)
-    rows = measure(quick=options.quick, only=options.methods)
+    rows = measure(quick=options.quick, only=options.methods, backend="inductor" if options.compiled else None)
     write_json(options.json, rows)
     print(table(rows, COLUMNS))
 

@@ -37,6 +37,14 @@ def test_a_step_is_compared_with_the_derivatives_that_it_takes(name: str) -> Non
     assert {call.at for call in calls} == {0, 1}
 
 
+@pytest.mark.slow
+def test_a_compiled_step_has_a_row_of_its_own() -> None:
+    rows = first_order.measure(quick=True, only=["VPBGD", "GPBGD", first_order.HAND], backend="aot_eager")
+    assert [row["method"] for row in rows] == ["VPBGD", "VPBGD, compiled", "GPBGD", first_order.HAND] * 2
+    assert [row["gradients"] for row in rows] == [4, 4, 2, 18] * 2
+    torch._dynamo.reset()
+
+
 def test_plain_derivatives_are_those_of_the_library() -> None:
     work = first_order.decays(16, quick=True)
     plain = first_order.Plain(work)
