@@ -1,7 +1,8 @@
 """Laws that every penalty method obeys, one test each for all of them: bias, directions, fixed points, sets, scaling.
 
 `held` runs a solver with steps of x of length 1e-30 from x = 0: the numbers stay exact, x stays in place, the lower
-variables converge, and the last move of x is the solver's direction there.
+variables converge, and the last move of x is the solver's direction there. `WHERE` says which tests hold which law,
+here and in the files of single solvers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -116,6 +118,97 @@ def held(solver: Solver[Any], problem: Problem, steps: int, dtype: torch.dtype =
 def direction(name: str, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
     law = LAWS[name]
     return held(law.make(strength), quadratic(dtype), law.steps, dtype)[-1]
+
+
+WHERE: dict[str, dict[str, list[str]]] = {
+    "1: the bias of the direction is inversely proportional to the penalty (BAMM: proportional to mu)": {
+        "invariants": [
+            "test_bias_is_inversely_proportional_to_the_penalty",
+            "test_solutions_have_the_bias_of_their_penalty",
+            "test_an_adversary_below_leaves_no_bias",
+        ],
+        "meha": ["test_bias_falls_like_one_over_the_penalty"],
+        "blocc": ["test_the_bias_falls_like_one_over_the_penalty"],
+        "bome": ["test_steps_that_do_not_fall_leave_a_floor"],
+    },
+    "2: the direction is the derivative of the penalized value": {
+        "invariants": ["test_direction_is_the_derivative_of_the_penalized_value"],
+        "meha": ["test_direction_is_the_gradient_of_the_penalized_envelope"],
+        "lv_hba": ["test_direction_is_the_gradient_of_the_penalized_value_function"],
+        "blocc": ["test_direction_is_the_gradient_of_the_penalized_problem"],
+        "bome": ["test_step_is_the_one_written_down"],
+    },
+    "3: g lies above the value function, and meets it at a solution": {
+        "lv_hba": ["test_the_value_function_bounds_g_from_below_with_equality_at_the_solution"],
+    },
+    "4: nothing moves from a solution without an upper objective": {
+        "invariants": ["test_nothing_moves_from_a_lower_solution_without_an_upper_objective"],
+        "meha": ["test_nothing_moves_at_a_solution_without_the_upper_term"],
+        "lv_hba": ["test_nothing_moves_at_the_solution_without_the_upper_term"],
+        "blocc": ["test_nothing_moves_at_the_solution"],
+    },
+    "5: methods that are cases of one another": {
+        "first_order": [
+            "test_without_noise_f3sa_is_f2sa",
+            "test_with_full_renewal_f3sa_is_f2sa_on_any_batches",
+            "test_without_prox_and_sets_prox_f2sa_is_f2sa",
+            "test_at_one_penalty_f2ba_is_f2sa",
+        ],
+        "meha": ["test_without_kinks_it_is_lv_hba_without_constraints"],
+        "blocc": ["test_without_constraints_it_is_f2sa"],
+    },
+    "6: iterates stay in their sets, and a multiplier at its bound is told": {
+        "invariants": ["test_every_iterate_is_in_its_sets"],
+        "lv_hba": ["test_iterates_stay_in_their_sets", "test_a_bound_below_the_multiplier_is_told"],
+        "blocc": ["test_a_bound_below_the_multiplier_is_told"],
+    },
+    "7: unstable steps are refused; scaling f and the penalty together changes nothing": {
+        "invariants": ["test_scaling_f_and_the_penalty_together_leaves_all_paths"],
+        "../faults/first_order": [
+            "test_row_06_lower_steps_that_cannot_be_stable_are_refused",
+            "test_rows_01_to_03_what_is_not_finite_never_replaces_the_last_good_point",
+        ],
+    },
+    "8: shared batches cancel their noise; single precision is enough at a large penalty": {
+        "invariants": [
+            "test_shared_batches_cancel_their_noise",
+            "test_directions_in_single_precision_at_a_large_penalty",
+        ],
+    },
+    "9: who solves the merely convex toy, and who must not": {
+        "bamm": [
+            "test_defaults_solve_the_quadratic_and_the_merely_convex_toy",
+            "test_merely_convex_needs_the_upper_curvature",
+        ],
+        "bda": [
+            "test_defaults_solve_the_quadratic_and_the_merely_convex_toy",
+            "test_plain_unrolling_answers_one_half",
+        ],
+        "meha": ["test_toys"],
+    },
+    "10: no influence through an active bound; the scale of a prox": {
+        "prox_f2sa": ["test_box"],
+        "v_pbgd": ["test_bounds_of_the_lower_level"],
+        "meha": ["test_the_solution_does_not_depend_on_the_steps", "test_a_threshold_scaled_twice_is_found_out"],
+    },
+    "11: counts are the cost lines, without second derivatives": {
+        "invariants": ["test_first_order_means_no_second_derivatives"],
+        **{name: ["test_counts"] for name in ("f2sa", "f3sa", "f2ba", "prox_f2sa")},
+        **{name: ["test_counts_are_its_cost_line"] for name in ("v_pbgd", "g_pbgd", "bamm", "bda")},
+        "bome": ["test_counts_are_its_cost_line_and_batches_are_shared"],
+        **{name: ["test_cost_is_as_stated"] for name in ("meha", "lv_hba", "blocc")},
+    },
+}
+
+
+@pytest.mark.parametrize("law", WHERE)
+def test_every_law_has_its_tests(law: str) -> None:
+    here = Path(__file__).parent
+    for name, tests in WHERE[law].items():
+        folder, _, file = name.rpartition("/")
+        text = (here / folder / f"test_{file}.py").read_text()
+        for test in tests:
+            assert f"\ndef {test}(" in text, f"{name}: {test}"
 
 
 # -- 1 and 2: the direction, and its bias ------------------------------------------------------------------------------
