@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own, with warnings as errors."""
+"""Every example runs, in a process of its own, with warnings as errors; those that take `--small` at a smaller size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
+    size = ["--small"] if "--small" in path.read_text() else []
     ended = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
+        [sys.executable, "-W", "error", str(path), *size],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
