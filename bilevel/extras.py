@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import TracebackType
 
+from bilevel.status import MissingPackage
+
 
 @dataclass(frozen=True)
 class extra:
-    """Import optional packages inside this context; one that is missing becomes an ImportError with the install line.
+    """Import optional packages inside this context; one that is missing becomes an error with the install line.
 
     Args:
         name: the extra of pyproject.toml.
@@ -16,13 +18,13 @@ class extra:
         user: what needs it, as the user knows it.
 
     Raises:
-        ImportError: one of them is not installed. Errors inside an installed package pass through unchanged.
+        MissingPackage: (an ImportError) one of them is not installed; errors inside an installed package pass through.
 
     Example:
         >>> with extra("plot", {"no_such_package": "no-such-package"}, "this picture"):
         ...     import no_such_package
         Traceback (most recent call last):
-        ImportError: this picture needs no-such-package: pip install 'bilevel[plot]'
+        bilevel.status.MissingPackage: this picture needs no-such-package: pip install 'bilevel[plot]'
     """
 
     name: str
@@ -37,4 +39,4 @@ class extra:
         package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if package in self.needs:
             line = f"pip install 'bilevel[{self.name}]'"
-            raise ImportError(f"{self.user} needs {self.needs[package]}: {line}", name=package) from error
+            raise MissingPackage(f"{self.user} needs {self.needs[package]}: {line}") from error
