@@ -48,7 +48,8 @@ def run_trials(
       of its copy if that still waits, else as a further completed trial.
     - A result that the storage does not take is written to the `spool` and told when the storage answers again.
 
-    Failed trials count, those that were queued again do not. Several workers may start their last trials at once, so
+    `study.stop()` makes this worker begin no more trials but those that are queued. Failed trials count, those that
+    were queued again do not. Several workers may start their last trials at once, so
     that up to one trial a worker too many is possible. All workers of a study must use this function: trials of plain
     `study.optimize` have no heartbeat, and would be taken for dead.
 
@@ -75,16 +76,28 @@ def run_trials(
         )
     held = Spool(Path(f"optuna_results_{study.study_name}.jsonl") if spool is None else Path(spool))
     watch = Watch(study, grace, retries)
-    while True:
-        held.flush(study)
-        unqueued = watch.recover()
-        ended, running, waiting = _census(study)
-        if waiting or ended + running < n_trials:
-            _run_one(study, objective, heartbeat, catch, watch, held)
-        elif running or unqueued:
-            time.sleep(min(heartbeat, grace / 4))
-        else:
-            return
+    with _stoppable(study):
+        while True:
+            held.flush(study)
+            unqueued = watch.recover()
+            ended, running, waiting = _census(study)
+            if waiting or (ended + running < n_trials and not study._stop_flag):
+                _run_one(study, objective, heartbeat, catch, watch, held)
+            elif running or unqueued:
+                time.sleep(min(heartbeat, grace / 4))
+            else:
+                return
+
+
+@contextmanager
+def _stoppable(study: Study) -> Iterator[None]:
+    """Let `study.stop()` end this worker: samplers call it when they have nothing left to propose."""
+    # What `study.optimize` does; elsewhere the call raises.
+    study._stop_flag, study._thread_local.in_optimize_loop = False, True
+    try:
+        yield
+    finally:
+        study._thread_local.in_optimize_loop = False
 
 
 def _census(study: Study) -> tuple[int, int, int]:

@@ -237,6 +237,25 @@ def test_results_of_other_studies_stay_in_the_spool(study, tmp_path):
     assert (tmp_path / "kept.jsonl").read_text() == line
 
 
+def test_a_worker_can_be_stopped(study):
+    def objective(trial):
+        if trial.number == 1:
+            study.stop()
+        return square(trial)
+
+    study.enqueue_trial({"p": 0.5})
+    run_trials(study, objective, 9, **FAST)
+    assert states(study) == ["COMPLETE"] * 2
+
+
+def test_a_grid_ends_by_itself(study):
+    grid = optuna.load_study(
+        study_name="s", storage=study._storage, sampler=optuna.samplers.GridSampler({"p": [0.1, 0.2, 0.3]}, seed=0)
+    )
+    run_trials(grid, square, 9, **FAST)
+    assert sorted(trial.params["p"] for trial in grid.trials) == [0.1, 0.2, 0.3]
+
+
 def test_several_objectives(tmp_path):
     study = optuna.create_study(directions=["minimize", "maximize"])
     run_trials(study, lambda trial: (square(trial), 1.0), 2, spool=tmp_path / "kept", **FAST)
