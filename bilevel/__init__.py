@@ -43,6 +43,7 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
+from bilevel.lower_solution import LowerSolution, solve_lower
 from bilevel.modules import FunctionalModule, functional
 from bilevel.optimizers import (
     LBFGS,
@@ -143,7 +144,7 @@ __all__ = [
     "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
     "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
-    "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient",
+    "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution", "Memory", "Metagradient",
     "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
     "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate",
     "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem",
@@ -152,5 +153,5 @@ __all__ = [
     "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
     "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "conditions",
     "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
-    "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled",
+    "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "solve_lower", "unrolled",
 ]  # fmt: skip

@@ -29,6 +29,7 @@ FLOORS = [
         "multipliers",
         "feasibility",
         "lower_conditions",
+        "lower_solution",
         "second_order",
         "captured",
         "dry_run",

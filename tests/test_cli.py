@@ -158,3 +158,18 @@ def test_solver_texts_are_parsed_not_evaluated() -> None:
     for text in ("implicit(**{})", "neumann(3)"):
         with pytest.raises(InvalidProblem, match="name each option"):
             cli.parse_solvers(text)
+
+
+def test_values_of_relaxed_methods_are_told_with_the_lower_level_solved_too() -> None:
+    rows = compare(
+        lambda seed: bilevel.problems.quadratic(seed=seed),
+        {"exact": bilevel.implicit(), "relaxed": bilevel.BOME()},
+        steps=40,
+    )
+    gaps = [abs(row["solved_value"] - row["upper_value"]) for row in rows]
+    assert gaps[0] < 1e-4 < gaps[1]
+
+
+def test_a_level_that_cannot_be_solved_alone_has_no_solved_value() -> None:
+    (row,) = compare(lambda seed: bilevel.problems.ineq(), {"lv": bilevel.LVHBA()}, steps=5)
+    assert row["solved_value"] is None

@@ -15,10 +15,11 @@ from bilevel.hypergradients._base import Certificate, Estimate, Estimator
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import Operator
 from bilevel.linear.curvature import largest_curvature
+from bilevel.lower_solution import minimize_smooth
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import Diverged, InvalidProblem, NonFinite, Status
+from bilevel.status import Diverged, InvalidProblem, NonFinite
 
 RUNAWAY = 1e3
 RISING = 20
@@ -191,7 +192,10 @@ class HypergradientDescent(Solver[DescentState]):
         if self.restart_lower is not False and oracles.problem.lower_init is not None:
             y = oracles.y_layout.flatten(oracles.problem.lower_init(oracles.x_layout.unflatten(state.x)))
         if isinstance(lower, LBFGS):
-            return self._minimize(oracles, lower, state, y), None, None
+            found = minimize_smooth(
+                oracles, lower, state.x, y, batch=state.lower_step, upper_step=state.step, max_steps=self.lower_steps
+            )
+            return found.y, None, None
         if isinstance(lower, Optimizer) and lower.needs_lr:
             # 5 % below the limit of safe descent: Ritz values approach the largest curvature from below.
             assert state.largest is not None
@@ -206,19 +210,6 @@ class HypergradientDescent(Solver[DescentState]):
             y, optimizer_state = lower.update(y, gradient, optimizer_state, x)
         _check_descent(oracles, y, values, state.step, deterministic=oracles.problem.deterministic_lower)
         return y, optimizer_state, diagonal
-
-    def _minimize(self, oracles: Oracles, lower: LBFGS, state: DescentState, y: Tensor) -> Tensor:
-        minimum = lower.minimize(
-            lambda point: oracles.lower_gradient(state.x, point, state.lower_step), y, max_steps=self.lower_steps
-        )
-        if minimum.status is Status.NON_FINITE:
-            raise NonFinite(f"the lower objective is not finite at upper step {state.step}, wherever L-BFGS looked.")
-        if minimum.status is Status.DIVERGED:
-            raise Diverged(
-                f"the lower objective falls to {float(minimum.value):.3g} at upper step {state.step} and may be "
-                "unbounded below; bound it with a regularizer (bilevel.L2), or restrict x (upper_set)."
-            )
-        return minimum.y
 
     def _clipped(self, h: Tensor) -> Tensor:
         # A non-finite entry must reach the loop as it is: clipping would spread it over all entries.
