@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bilevel.dry_run import open_oracles
@@ -75,7 +74,7 @@ def solve_lower(
 
     Example:
         >>> problem = Problem(
-        ...     upper=lambda x, y, batch: (y - 3.0).square().sum(), lower=lambda x, y, batch: (y - 2.0 * x).square().sum())
+        ...     upper=lambda x, y, batch: (y - 3.0).square(), lower=lambda x, y, batch: (y - 2.0 * x).square())
         >>> found = solve_lower(problem, torch.tensor(1.0), torch.tensor(0.0))
         >>> round(float(found.y), 6), round(float(found.upper_value), 6), found.status.name
         (2.0, 1.0, 'CONVERGED')
@@ -84,8 +83,8 @@ def solve_lower(
     oracles, flat_x, flat_y = open_oracles(problem, x, y0, seed=seed, needs_hvp=False, trains=True)
     if problem.constraint is not None or problem.equality is not None:
         raise InvalidProblem(
-            "solve_lower minimizes without constraints c(x, y) or h(x, y); solve with KKT or BLOCC, and check the answer "
-            "by bilevel.conditions."
+            "solve_lower minimizes without constraints c(x, y) or h(x, y); solve with KKT or BLOCC, and check the "
+            "answer by bilevel.conditions."
         )
     if not problem.deterministic_lower:
         raise InvalidProblem(
