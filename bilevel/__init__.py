@@ -2,6 +2,7 @@
 
 from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
@@ -43,7 +44,7 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
-from bilevel.modules import FunctionalModule, functional
+from bilevel.modules import FunctionalModule, functional, weight_norm
 from bilevel.optimizers import (
     LBFGS,
     SGD,
@@ -135,22 +136,22 @@ from bilevel.status import (
 )
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
-    "BilevelError", "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError",
-    "Conditions", "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense",
-    "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
-    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
-    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
-    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
-    "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient",
-    "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
-    "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate",
-    "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem",
-    "Product", "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule",
-    "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
-    "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
-    "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "conditions",
-    "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
-    "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
+    "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Conditions",
+    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged",
+    "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
+    "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
+    "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
+    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LayerCheck",
+    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness",
+    "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
+    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate", "Operator", "Optimizer", "Oracles",
+    "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA",
+    "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderReport",
+    "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver",
+    "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled",
+    "UnusedHyperparameter", "Verdict", "Visited", "ZerothOrder", "amigo", "check", "check_second_order", "compare",
+    "conditions", "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml",
+    "metagradient", "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled", "weight_norm",
 ]  # fmt: skip
