@@ -16,6 +16,7 @@ from bilevel.hypergradients import (
     Implicit,
     ImplicitKKT,
     Metasmoothness,
+    OneStep,
     PoolGradient,
     TrainingRun,
     Unrolled,
@@ -106,7 +107,7 @@ from bilevel.solvers import (
     unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.solvers.published import maml, reptile
+from bilevel.solvers.published import darts, maml, reptile
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
@@ -146,12 +147,13 @@ __all__ = [
     "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LayerCheck",
     "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness",
     "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
-    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate", "Operator", "Optimizer", "Oracles",
-    "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA",
-    "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderReport",
-    "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver",
-    "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled",
-    "UnusedHyperparameter", "Verdict", "Visited", "ZerothOrder", "amigo", "check", "check_second_order", "compare",
-    "conditions", "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml",
-    "metagradient", "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled", "weight_norm",
+    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OneStep", "OnlineRate", "Operator", "Optimizer",
+    "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "ProblemReport", "Product",
+    "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback",
+    "SecondOrderReport", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
+    "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
+    "TrainingRun", "Unrolled", "UnusedHyperparameter", "Verdict", "Visited", "ZerothOrder", "amigo", "check",
+    "check_second_order", "compare", "conditions", "darts", "from_torch", "functional", "hypergradient", "imaml",
+    "implicit", "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "problems",
+    "reptile", "solve", "unrolled", "weight_norm",
 ]  # fmt: skip
