@@ -2,6 +2,7 @@
 
 from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
@@ -15,6 +16,7 @@ from bilevel.hypergradients import (
     Implicit,
     ImplicitKKT,
     Metasmoothness,
+    OneStep,
     PoolGradient,
     TrainingRun,
     Unrolled,
@@ -44,7 +46,7 @@ from bilevel.linear import (
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
 from bilevel.lower_solution import LowerSolution, solve_lower
-from bilevel.modules import FunctionalModule, functional
+from bilevel.modules import FunctionalModule, functional, weight_norm
 from bilevel.optimizers import (
     LBFGS,
     SGD,
@@ -106,7 +108,7 @@ from bilevel.solvers import (
     unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.solvers.published import maml, reptile
+from bilevel.solvers.published import darts, maml, reptile
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
@@ -143,15 +145,16 @@ __all__ = [
     "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
     "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
     "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
-    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LinearSolution",
-    "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution", "Memory", "Metagradient", "Metasmoothness",
-    "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
-    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate", "Operator", "Optimizer", "Oracles",
-    "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "ProximalGradient",
-    "Regularizer", "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderUnsupported", "Session",
-    "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt",
-    "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited",
-    "ZerothOrder", "amigo", "compare", "conditions", "from_torch", "functional", "hypergradient", "imaml", "implicit",
-    "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve",
-    "solve_lower", "unrolled",
+    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LayerCheck",
+    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution", "Memory", "Metagradient",
+    "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
+    "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OneStep",
+    "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning",
+    "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama",
+    "Schedule", "SecondOrderFallback", "SecondOrderReport", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
+    "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status",
+    "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled", "UnusedHyperparameter", "Verdict", "Visited",
+    "ZerothOrder", "amigo", "check", "check_second_order", "compare", "conditions", "darts", "from_torch", "functional",
+    "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient", "metasmoothness", "neumann",
+    "nystrom", "problems", "reptile", "solve", "solve_lower", "unrolled", "weight_norm",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `bilevel list | run | compare`."""
+"""The command line: `bilevel list | run | compare | check`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from bilevel import problems, solvers
+from bilevel.check import check
 from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
 from bilevel.problem import Problem
@@ -160,6 +161,13 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> int:
+    task = make_task(options.problem)(options.seed)
+    report = check(task.problem, task.x0, task.y0, seed=options.seed)
+    print(report)
+    return 0 if report.ok else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bilevel", description="Bilevel and hyperparameter optimization for PyTorch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -175,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
         "--solvers", help=f"such as implicit,f2sa(lower_steps=5), or all; by default {' or '.join(DEFAULTS)}"
     )
     many.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N - 1 and show mean and spread")
+    one = add("check", _check, "compare a problem's hypergradient at its start with differences of F")
+    one.add_argument("problem", help="a name from `bilevel list`, or module:function")
+    one.add_argument("--seed", type=int, default=0)
     for command in (run, many):
         command.add_argument("--steps", type=int, help="upper steps; the problem's own number by default")
         command.add_argument("--json", metavar="FILE", help="write the rows to FILE")

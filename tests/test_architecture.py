@@ -40,7 +40,7 @@ FLOORS = [
     {"solution", "callbacks", "progress", "report"},
     {"loop", "session", "plots"},
     {"problems"},
-    {"compare", "demo", "integrations"},
+    {"check", "compare", "demo", "integrations"},
     {"cli"},
     {"__main__"},
 ]
