@@ -45,7 +45,7 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
-from bilevel.lower_solution import LowerSolution, solve_lower
+from bilevel.lower_level import LowerSolution, solve_lower
 from bilevel.modules import FunctionalModule, functional, weight_norm
 from bilevel.optimizers import (
     LBFGS,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bilevel.loop import solve
-from bilevel.lower_solution import solve_lower
+from bilevel.lower_level import solve_lower
 from bilevel.problems import Task
 from bilevel.report import Row
 from bilevel.solution import Solution

@@ -29,7 +29,7 @@ FLOORS = [
         "multipliers",
         "feasibility",
         "lower_conditions",
-        "lower_solution",
+        "lower_level",
         "second_order",
         "captured",
         "dry_run",

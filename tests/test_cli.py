@@ -171,5 +171,12 @@ def test_values_of_relaxed_methods_are_told_with_the_lower_level_solved_too() ->
 
 
 def test_a_level_that_cannot_be_solved_alone_has_no_solved_value() -> None:
-    (row,) = compare(lambda seed: bilevel.problems.ineq(), {"lv": bilevel.LVHBA()}, steps=5)
+    data = bilevel.Shuffled(torch.randn(8), batch_size=2)
+    problem = bilevel.Problem(
+        upper=lambda x, y, batch: (y - 1).square(),
+        lower=lambda x, y, batch: (y - x - batch).square().mean(),
+        lower_data=data,
+    )
+    task = bilevel.problems.Task("batches", problem, torch.tensor(0.0), torch.tensor(0.0))
+    (row,) = compare(lambda seed: task, {"first": bilevel.F2SA()}, steps=3)
     assert row["solved_value"] is None

@@ -15,7 +15,7 @@ from bilevel.hypergradients._base import Certificate, Estimate, Estimator
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import Operator
 from bilevel.linear.curvature import largest_curvature
-from bilevel.lower_solution import minimize_smooth
+from bilevel.lower_level import minimize_smooth
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.solvers._base import Metrics, Solver

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.hypergradients._base import Estimate
 from bilevel.hypergradients.active_set import ActiveSet, ActiveSetState
-from bilevel.lower_solution import minimize_proximal
+from bilevel.lower_level import minimize_proximal
 from bilevel.optimizers import LBFGS, Adam, Minimum, Optimizer
 from bilevel.optimizers.coordinate_descent import CoordinateDescent
 from bilevel.optimizers.proximal import ProximalGradient
