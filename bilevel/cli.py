@@ -18,9 +18,12 @@ from bilevel.loop import solve
 from bilevel.problem import Problem
 from bilevel.problems import Task
 from bilevel.report import Row, table, write_json
+from bilevel.solvers import published
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
+FURTHER = ("darts", "maml", "reptile")
+"""Solvers that may be asked for, too, but that stop elsewhere than at a solution, so that no list has them."""
 DEFAULTS = ("implicit,neumann,amigo,nystrom", "SparseDescent,MEHA", "LVHBA,BLOCC")
 """Solvers of smooth lower levels, of those with kinks or bounds, and of those with constraints."""
 SHOWN = ("message", "problem")
@@ -60,7 +63,7 @@ def parse_solvers(text: str) -> dict[str, Solver[Any]]:
 
 def _solver(node: ast.expr) -> Solver[Any]:
     name = node.func if isinstance(node, ast.Call) else node
-    known = {_plain(solver): solver for solver in solvers.__all__}
+    known = {_plain(solver): solver for solver in (*solvers.__all__, *FURTHER)}
     if not isinstance(name, ast.Name) or _plain(name.id) not in known:
         raise InvalidProblem(f"no solver {ast.unparse(name)!r}; there are {', '.join(solvers.__all__)}.")
     keywords = node.keywords if isinstance(node, ast.Call) else []
@@ -68,7 +71,8 @@ def _solver(node: ast.expr) -> Solver[Any]:
         raise InvalidProblem(f"solver {ast.unparse(node)!r}: name each option, as in neumann(terms=3).")
     options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
     try:
-        made: Solver[Any] = getattr(solvers, known[_plain(name.id)])(**options)
+        found = known[_plain(name.id)]
+        made: Solver[Any] = getattr(published if found in FURTHER else solvers, found)(**options)
     except TypeError as error:
         raise InvalidProblem(f"solver {ast.unparse(node)!r}: {error}.") from error
     return made

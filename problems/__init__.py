@@ -5,6 +5,7 @@ if __name__ != "bilevel.problems":
 
 from bilevel.problems._base import Task
 from bilevel.problems.analytic import quadratic, scalar
+from bilevel.problems.cells import cell_search, discrete_cell
 from bilevel.problems.cleaning import clean, kept
 from bilevel.problems.hyper_cleaning import hyper_cleaning, hyper_cleaning_mlp, noisy_digits
 from bilevel.problems.imaml import imaml_quadratic
@@ -17,14 +18,16 @@ from bilevel.problems.toys import box, ineq, lasso1, llc, mc, mci, sc, shen, sin
 
 ready = (
     "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
-    "lasso", "elastic_net", "sparse_group", "svm", "svm_primal",
+    "cell_search", "lasso", "elastic_net", "sparse_group", "svm", "svm_primal",
     "box", "ineq", "lasso1", "llc", "mc", "mci", "sc", "shen", "sin", "wl",
 )  # fmt: skip
 
 __all__ = [
     "Task",
     "box",
+    "cell_search",
     "clean",
+    "discrete_cell",
     "elastic_net",
     "hyper_cleaning",
     "hyper_cleaning_mlp",

