@@ -139,7 +139,8 @@ __all__ = [
     "LVHBA", "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
     "BilevelError", "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError",
     "Conditions", "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense",
-    "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Episodes", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
+    "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Episodes",
+    "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
     "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
     "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
@@ -151,6 +152,7 @@ __all__ = [
     "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
     "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
     "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "conditions",
-    "episodes", "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
+    "episodes",
+    "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
     "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures of letters in twelve typefaces, drawn from the DejaVu fonts that matplotlib brings: nothing is downloaded."""
+"""Pictures of letters in twelve typefaces, drawn from the DejaVu fonts that matplotlib brings."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Letters(NamedTuple):
 
 @cache
 def letters(size: int = 16) -> Letters:
-    """Draw the letters that all twelve faces have: Latin, Greek and Cyrillic to learn on, Armenian and Georgian to test.
+    """Draw the letters that all twelve faces have: Latin, Greek and Cyrillic ones to learn on, others to test.
 
-    A fifth of the first, chosen at random but always the same, is held out to validate. Letters that do not fit the
-    picture are left out, and so are those that look in any face exactly like an earlier one (A, Alpha): two classes of a task
-    always differ, and no letter of one split is in another.
+    The others are Armenian and Georgian. A fifth of the first, chosen at random but always the same, is held out to
+    validate. Letters that do not fit the picture are left out, and so are those that look in any face exactly like an
+    earlier one (A, Alpha): two classes of a task always differ, and no letter of one split is in another.
 
     Args:
         size: height and width in pixels, at least 8.

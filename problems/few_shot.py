@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.func import grad, vmap
 
 from bilevel.data import episodes
@@ -40,7 +40,13 @@ class Adaptation(NamedTuple):
 
 
 def few_shot(
-    net: FunctionalModule, loss: Callable[[Tensor, Tensor], Tensor], draw: Draw, tasks: int, adaptation: Adaptation
+    net: FunctionalModule,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    draw: Draw,
+    *,
+    tasks: int,
+    lower_steps: int,
+    strength: float = 0.0,
 ) -> Problem:
     """State the learning of a start: x are the weights from which every task is adapted, y those after it.
 
@@ -51,9 +57,26 @@ def few_shot(
         loss: predictions, targets -> 0-dim.
         draw: generator -> (support, query), each (inputs, targets) with a leading dimension of tasks.
         tasks: drawn at each upper step.
-        adaptation: only its `steps` and `strength` are part of the statement; its `lr` is the solver's.
+        lower_steps: gradient steps of an adaptation; the solver must take as many.
+        strength: >= 0; what implicit MAML needs, and the others do not.
+
+    Raises:
+        InvalidProblem: an option is out of range.
+
+    Example:
+        >>> import bilevel
+        >>> def draw(generator):  # 4 tasks: lines through 0, each with a slope of its own, five points of each
+        ...     slope, z = (torch.randn(4, n, 1, generator=generator) for n in (1, 5))
+        ...     return (z, slope * z), (z, slope * z)
+        >>> net = bilevel.functional(torch.nn.Linear(1, 1))
+        >>> problem = few_shot(net, torch.nn.functional.mse_loss, draw, tasks=4, lower_steps=2)
+        >>> solution = bilevel.solve(problem, bilevel.maml(0.1, lower_steps=2), net.parameters(), steps=3)
+        >>> solution.status.name
+        'COMPLETED'
     """
-    strength = adaptation.strength
+    check_counts(tasks=tasks, lower_steps=lower_steps)
+    if not strength >= 0:
+        raise InvalidProblem(f"strength must be >= 0, got {strength}.")
 
     def upper(x: Weights, y: Weights, batch: Examples) -> Tensor:
         return loss(net(y, batch[0]), batch[1])
@@ -64,7 +87,7 @@ def few_shot(
             return value
         return value + 0.5 * strength * sum(((y[name] - x[name]).square().sum() for name in y), value.new_zeros(()))
 
-    support, query = episodes(draw, adaptation.steps)
+    support, query = episodes(draw, lower_steps)
     return Problem(
         upper=upper,
         lower=lower,
@@ -129,8 +152,3 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidProblem(f"{name} must be a positive int, got {value!r}.")
-
-
-def repeated(draw: Draw, seed: int) -> tuple[Any, Any]:
-    """Return the tasks that a seed draws: always the same ones, to judge on."""
-    return draw(Generator().manual_seed(seed))

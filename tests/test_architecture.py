@@ -39,7 +39,7 @@ FLOORS = [
     {"solution", "callbacks", "progress", "report"},
     {"loop", "session", "plots"},
     {"problems"},
-    {"compare", "demo", "integrations"},
+    {"compare", "demo", "integrations", "names"},
     {"cli"},
     {"__main__"},
 ]

@@ -42,7 +42,8 @@ def episodes(draw: Draw, lower_steps: int) -> tuple[Episodes, Episodes]:
         >>> def loss(x, y, batch):
         ...     return (y - batch).square().mean()
         >>> problem = bilevel.Problem(
-        ...     lower=loss, upper=loss, lower_data=support, upper_data=query, blocks=8, lower_init=lambda x: x.expand(8))
+        ...     lower=loss, upper=loss, lower_data=support, upper_data=query, blocks=8,
+        ...     lower_init=lambda x: x.expand(8))
         >>> solution = bilevel.solve(problem, bilevel.maml(lr=0.25), torch.tensor(2.0), steps=50)
         >>> abs(float(solution.x)) < 1
         True
