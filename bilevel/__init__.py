@@ -4,7 +4,7 @@ from bilevel import problems
 from bilevel.callbacks import CSVLogger, EarlyStopping, Event
 from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
-from bilevel.data import DataSource, Full, Loader, Shuffled
+from bilevel.data import DataSource, Episodes, Full, Loader, Shuffled, episodes
 from bilevel.hypergradients import (
     PES,
     ActiveSet,
@@ -142,19 +142,20 @@ __all__ = [
     "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
     "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Conditions",
     "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged",
-    "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
-    "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
-    "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
-    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LayerCheck",
-    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution", "Memory", "Metagradient",
-    "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
-    "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OneStep",
-    "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning",
-    "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama",
-    "Schedule", "SecondOrderFallback", "SecondOrderReport", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
-    "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status",
-    "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled", "UnusedHyperparameter", "Verdict", "Visited",
-    "ZerothOrder", "amigo", "check", "check_second_order", "compare", "conditions", "darts", "from_torch", "functional",
-    "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient", "metasmoothness", "neumann",
-    "nystrom", "problems", "reptile", "solve", "solve_lower", "unrolled", "weight_norm",
+    "EarlyStopping", "ElasticNet", "Episodes", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
+    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
+    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
+    "L1Normalized", "LayerCheck", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution",
+    "Memory", "Metagradient", "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann",
+    "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner",
+    "OneStep", "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power",
+    "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient", "Regularizer",
+    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderReport", "SecondOrderUnsupported",
+    "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "SparseDescent",
+    "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Unrolled",
+    "UnusedHyperparameter", "Verdict", "Visited", "ZerothOrder", "amigo", "check", "check_second_order", "compare",
+    "conditions", "darts", "episodes", "from_torch", "functional", "hypergradient", "imaml", "implicit",
+    "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve",
+    "solve_lower", "unrolled", "weight_norm",
 ]  # fmt: skip

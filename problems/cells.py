@@ -84,7 +84,10 @@ def cell_search(seed: int = 0, *, channels: int = 6, epochs: int = 30, random_ce
         upper=loss, lower=loss, regularizer=L2(1e-3),
         upper_data=Shuffled(tuple(split.validation), 64), lower_data=Shuffled(tuple(split.train), 64),
     )  # fmt: skip
-    return Task("cell-search", problem, x0, net.parameters(), steps=300, evaluate=evaluate, source=SOURCE)
+    return Task(
+        "cell-search", problem, x0, net.parameters(),
+        steps=300, evaluate=evaluate, source=SOURCE, solvers=("darts",),
+    )  # fmt: skip
 
 
 @cache

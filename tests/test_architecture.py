@@ -40,7 +40,7 @@ FLOORS = [
     {"solution", "callbacks", "progress", "report"},
     {"loop", "session", "plots"},
     {"problems"},
-    {"check", "compare", "demo", "integrations"},
+    {"check", "compare", "demo", "integrations", "names"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,13 +11,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.data._base import batch_after
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
+from bilevel.hypergradients._trained import Trained
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import Operator
 from bilevel.linear.curvature import largest_curvature
 from bilevel.lower_level import minimize_smooth
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
+from bilevel.problem import Problem
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import Diverged, InvalidProblem, NonFinite
 
@@ -105,6 +108,15 @@ class HypergradientDescent(Solver[DescentState]):
         """Whether the estimator differentiates through training steps."""
         return self.estimator.replays
 
+    def adapts(self, problem: Problem) -> int | None:
+        """Return how many lower steps each upper step takes from a new start; None where y goes on instead."""
+        if isinstance(self.estimator, Trained):
+            return self.estimator.steps if self.estimator.fresh and self.estimator.restarts(problem) else None
+        return self.lower_steps if self._restarts(problem) else None
+
+    def _restarts(self, problem: Problem) -> bool:
+        return self.restart_lower is not False and problem.lower_init is not None
+
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> DescentState:
         """Return the state before the first step; measures the lower curvature if the lower step length needs it."""
         self.refuse(oracles.problem)
@@ -179,7 +191,7 @@ class HypergradientDescent(Solver[DescentState]):
             y,
             state.estimator,
             upper_step=state.step,
-            lower_step=state.lower_step + self.lower_steps,
+            lower_step=batch_after(oracles.problem.lower_data, state.lower_step, self.lower_steps),
             step_diagonal=diagonal,
             certify=certify,
         )
@@ -189,7 +201,8 @@ class HypergradientDescent(Solver[DescentState]):
         lower, y = self._lower(oracles), state.y
         if self.replays:
             return y, state.lower, None
-        if self.restart_lower is not False and oracles.problem.lower_init is not None:
+        if self._restarts(oracles.problem):
+            assert oracles.problem.lower_init is not None
             y = oracles.y_layout.flatten(oracles.problem.lower_init(oracles.x_layout.unflatten(state.x)))
         if isinstance(lower, LBFGS):
             found = minimize_smooth(
