@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.extras import extra
 from bilevel.status import InvalidProblem
 
 GLYPHS = "DejaVu fonts (Bitstream Vera licence, changes in the public domain), as shipped by matplotlib (PSF-like)"
@@ -61,13 +62,9 @@ def letters(size: int = 16) -> Letters:
 
 
 def _fonts(size: int) -> list[Any]:
-    try:
+    with extra("plot", {"matplotlib": "matplotlib"}, "drawing the letters"):
         import matplotlib
         from matplotlib.ft2font import FT2Font
-    except ImportError as error:
-        raise InvalidProblem(
-            "the letters are drawn with matplotlib, which is not installed: pip install 'bilevel[plot]'."
-        ) from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     fonts = [FT2Font(str(folder / f"DejaVu{face}.ttf")) for face in FACES]
     for font in fonts:

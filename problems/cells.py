@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel.data import Shuffled
+from bilevel.extras import extra
 from bilevel.modules import functional
 from bilevel.problem import Problem
 from bilevel.problems._base import Task
-from bilevel.problems._datasets import Part, Split, missing, shares
+from bilevel.problems._datasets import Part, Split, shares
 from bilevel.regularizers import L2
 
 SOURCE = "Alpaydin, Kaynak: optical recognition of handwritten digits, 1998 (CC BY 4.0); scikit-learn (BSD-3)"
@@ -92,10 +93,8 @@ def cell_search(seed: int = 0, *, channels: int = 6, epochs: int = 30, random_ce
 
 @cache
 def _all_digits() -> Part:
-    try:
+    with extra("data", {"sklearn": "scikit-learn"}, "the data set of digits of 8 by 8 pixels"):
         from sklearn import datasets
-    except ImportError as error:
-        raise missing("the digits of 8 by 8 pixels", "scikit-learn") from error
     images, labels = datasets.load_digits(return_X_y=True)
     return Part(torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.extras import extra
 from bilevel.multipliers import constraint_rows
 from bilevel.optimizers import LBFGS, Minimum, ProximalGradient
 from bilevel.oracles import Oracles
@@ -107,10 +108,8 @@ def _ended(found: Minimum, upper_step: int, where: str, bound: str) -> Minimum:
 
 def _constrained(oracles: Oracles, x: Tensor, y: Tensor, batch: int, max_steps: int) -> LowerMinimum:
     """Minimize by SLSQP, with exact gradients."""
-    try:
+    with extra("scipy", {"scipy": "scipy"}, "a lower level with constraints"):
         import scipy.optimize
-    except ImportError as error:
-        raise InvalidProblem("lower constraints are solved by SciPy here: pip install 'bilevel[scipy]'.") from error
     if y.dim() > 1 or len(y) > LARGEST:
         raise InvalidProblem(
             f"lower constraints are solved by SciPy here, for up to {LARGEST} variables and no blocks."

@@ -158,6 +158,6 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     letters.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InvalidProblem, match=r"matplotlib.*pip install 'bilevel\[plot\]'"):
+    with pytest.raises(bilevel.MissingPackage, match=r"matplotlib.*pip install 'bilevel\[plot\]'"):
         glyphs()
     letters.cache_clear()

@@ -102,5 +102,5 @@ def test_standardization_uses_the_training_part_only() -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(bilevel.InvalidProblem, match=r"scikit-learn.*pip install 'bilevel\[data\]'"):
+    with pytest.raises(bilevel.MissingPackage, match=r"scikit-learn.*pip install 'bilevel\[data\]'"):
         problems.ridge()
