@@ -1,0 +1,31 @@
+"""Dataset distillation: a few images such that networks trained on them alone do well; one published method a file."""
+
+from bilevel.problems._datasets import Part
+from bilevel.problems.distillation.adabelief import AdaBelief
+from bilevel.problems.distillation.baselines import cluster_centers, random_images
+from bilevel.problems.distillation.evaluation import Evaluation, Recipe, evaluate
+from bilevel.problems.distillation.frepo import FRePo
+from bilevel.problems.distillation.networks import Network, conv_net, mlp
+from bilevel.problems.distillation.pool import Pool
+from bilevel.problems.distillation.rat_bptt import RaTBPTT
+from bilevel.problems.distillation.statement import Distillation, distillation
+from bilevel.problems.distillation.synthetic import Synthetic
+
+__all__ = [
+    "AdaBelief",
+    "Distillation",
+    "Evaluation",
+    "FRePo",
+    "Network",
+    "Part",
+    "Pool",
+    "RaTBPTT",
+    "Recipe",
+    "Synthetic",
+    "cluster_centers",
+    "conv_net",
+    "distillation",
+    "evaluate",
+    "mlp",
+    "random_images",
+]
