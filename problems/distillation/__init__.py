@@ -8,10 +8,13 @@ from bilevel.problems.distillation.frepo import FRePo
 from bilevel.problems.distillation.networks import Network, conv_net, mlp
 from bilevel.problems.distillation.pool import Pool
 from bilevel.problems.distillation.rat_bptt import RaTBPTT
+from bilevel.problems.distillation.rates import RateControl
+from bilevel.problems.distillation.rcig import RCIG
 from bilevel.problems.distillation.statement import Distillation, distillation
 from bilevel.problems.distillation.synthetic import Synthetic
 
 __all__ = [
+    "RCIG",
     "AdaBelief",
     "Distillation",
     "Evaluation",
@@ -20,6 +23,7 @@ __all__ = [
     "Part",
     "Pool",
     "RaTBPTT",
+    "RateControl",
     "Recipe",
     "Synthetic",
     "cluster_centers",

@@ -15,7 +15,7 @@ from bilevel.problem import Problem
 from bilevel.problems.distillation.networks import Network, Parameters
 from bilevel.problems.distillation.pool import Member, Pool
 from bilevel.problems.distillation.ridge_head import ridge_head
-from bilevel.problems.distillation.synthetic import hard_targets
+from bilevel.problems.distillation.synthetic import balanced_targets, hard_targets
 from bilevel.solvers._base import Metrics, Solver, check_upper
 from bilevel.status import InvalidProblem, Status
 
@@ -126,7 +126,7 @@ class FRePo(Solver[FRePoState]):
         """Return the problem whose upper objective is that of the regression, at given weights."""
 
         def upper(x: dict[str, Tensor], y: Parameters, batch: tuple[Tensor, Tensor]) -> Tensor:
-            targets = x["targets"] if "targets" in x else self._hard(x["images"])
+            targets = x["targets"] if "targets" in x else balanced_targets(x["images"], self.network.classes)
             features = self.network.features(y, x["images"])
             alpha = ridge_head(features, targets, self.ridge * features.square().sum() / len(features))
             found = self.network.features(y, batch[0]) @ (features.T @ alpha)
@@ -138,8 +138,3 @@ class FRePo(Solver[FRePoState]):
     def backtracked(self, factor: float) -> FRePo:
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor))
-
-    def _hard(self, images: Tensor) -> Tensor:
-        classes = self.network.classes
-        labels = torch.arange(classes, device=images.device).repeat_interleave(len(images) // classes)
-        return hard_targets(labels, classes, "mse", images.dtype)

@@ -62,6 +62,12 @@ def hard_targets(labels: Tensor, classes: int, loss: Loss, dtype: torch.dtype) -
     return one_hot if loss == "cross_entropy" else one_hot - 1 / classes
 
 
+def balanced_targets(images: Tensor, classes: int) -> Tensor:
+    """Return the fixed targets of images that are sorted by class, as many in each."""
+    labels = torch.arange(classes, device=images.device).repeat_interleave(len(images) // classes)
+    return hard_targets(labels, classes, "mse", images.dtype)
+
+
 def stored_targets(targets: Tensor, loss: Loss) -> Tensor:
     """Return what the upper variable `targets` starts from: the values themselves, or logits of soft labels."""
     if loss == "mse":
