@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bilevel.problems._datasets import Part
-from bilevel.problems.distillation.statement import check_images, chosen
 from bilevel.problems.distillation.networks import Network
+from bilevel.problems.distillation.statement import check_images, chosen
 from bilevel.problems.distillation.synthetic import Synthetic, hard_targets
 from bilevel.status import InvalidProblem
 

@@ -1,10 +1,11 @@
-"""How good distilled data are: fresh networks trained on them alone, a recipe chosen on validation data, then the test."""
+"""How good distilled data are: fresh networks trained on them alone, chosen on validation data, then tested."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean, stdev
 
 import torch
@@ -45,10 +46,11 @@ class Recipe:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.steps, self.steps[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(self.steps))
         if not self.steps or self.steps[0] < 1 or not rising:
             raise InvalidProblem(f"Recipe(steps=...) must be rising numbers from 1, got {self.steps}.")
-        if not self.lr > 0 or not self.decay >= 0 or not self.augment >= 0 or (self.batch_size or 1) < 1:
+        batch = 1 if self.batch_size is None else self.batch_size
+        if not self.lr > 0 or not self.decay >= 0 or not self.augment >= 0 or batch < 1:
             raise InvalidProblem(
                 f"Recipe: lr must be > 0, decay and augment >= 0, batch_size >= 1 or None, got {self}."
             )
@@ -146,7 +148,7 @@ def trained(data: Synthetic, network: Network, recipe: Recipe, seed: int) -> lis
         if recipe.augment > 0:
             images = moved(images, recipe.augment, generator)
         optimizer.zero_grad()
-        training_loss(network.logits(weights, images), targets, data.loss).backward()  # type: ignore[no-untyped-call]
+        training_loss(network.logits(weights, images), targets, data.loss).backward()
         optimizer.step()
         if step in recipe.steps:
             found.append({name: value.detach().clone() for name, value in weights.items()})

@@ -96,8 +96,9 @@ class Network:
         with warnings.catch_warnings():
             # torch scripts its forward-mode formulas on first use, and deprecates that.
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-            found: tuple[Tensor, Tensor] = torch.func.jvp(lambda w: self.features(w, images), (base,), (direction,))
-        return found
+            found: Any = torch.func.jvp(lambda w: self.features(w, images), (base,), (direction,))
+        features, along = found
+        return features, along
 
     def _shape_of_features(self) -> torch.Size:
         like = next(self.body.parameters(), torch.zeros(()))

@@ -101,11 +101,12 @@ class RCIG(Solver[RCIGState]):
         >>> from bilevel.problems import distillation as dd
         >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(8, shape=(1, 1, 1), classes=2)
-        >>> task = dd.distillation(train, network, start="noise", loss="mse", learn_temperature=True, batch_size=None)
-        >>> solver = RCIG(network, linear=bilevel.CG(), upper=bilevel.Adam(0.1), pool=dd.Pool(3))
-        >>> solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=40)
-        >>> task.synthetic(RCIG.averaged(solution)).images.flatten().sign()
-        tensor([-1.,  1.])
+        >>> task = dd.distillation(train, network, loss="mse", learn_temperature=True, batch_size=None)
+        >>> solver = RCIG(network, linear=bilevel.CG(), upper=bilevel.Adam(0.01), pool=dd.Pool(1))
+        >>> solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=20)
+        >>> before, after = (solution.history["upper_value"][k] for k in (0, -1))
+        >>> (after < before, len(task.synthetic(RCIG.averaged(solution)).images))
+        (True, 2)
     """
 
     needs_hvp: ClassVar[bool] = True
@@ -130,7 +131,7 @@ class RCIG(Solver[RCIGState]):
         check_upper(self.temperature)
         if not any(name.startswith("body.") for name in self.network.start(0)):
             raise InvalidProblem("RCIG linearizes the network's body, and this one has no weights: use FRePo.")
-        if not self.l2 > 0 or min(self.lower_steps, self.linear_steps) < 1 or (self.subset or 1) < 1:
+        if not self.l2 > 0 or min(self.lower_steps, self.linear_steps, 1 if self.subset is None else self.subset) < 1:
             raise InvalidProblem(
                 f"RCIG: l2 must be > 0, and lower_steps, linear_steps and subset at least 1, got {self.l2}, "
                 f"{self.lower_steps}, {self.linear_steps} and {self.subset}."
@@ -227,7 +228,7 @@ class RCIG(Solver[RCIGState]):
             found = along @ head.T + real @ (features.T @ alpha)
             if "log_temperature" in x:
                 found = found * x["log_temperature"].exp()
-            return F.cross_entropy(found, batch[1]) - margin(x["targets"] if "targets" in x else None, classes)
+            return F.cross_entropy(found, batch[1]) - margin(x.get("targets"), classes)
 
         # l2 n / (n C) = l2 / C, however many images there are.
         return Problem(
