@@ -1,7 +1,7 @@
 """Bilevel and hyperparameter optimization for PyTorch: one problem, every method, no silently wrong hypergradient."""
 
 from bilevel import problems
-from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.callbacks import CSVLogger, EarlyStopping, Event, KeepBest
 from bilevel.compare import compare
 from bilevel.data import DataSource, Full, Loader, Shuffled
 from bilevel.hypergradients import (
@@ -52,6 +52,7 @@ from bilevel.optimizers import (
     CoordinateDescent,
     Cosine,
     CountSteps,
+    Knots,
     L1Normalized,
     OnlineRate,
     Optimizer,
@@ -142,7 +143,8 @@ __all__ = [
     "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
     "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
-    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "KeepBest",
+    "Knots", "L1Ball",
     "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient",
     "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
     "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate",

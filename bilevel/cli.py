@@ -94,6 +94,13 @@ def fitting(problem: Problem) -> str:
     return DEFAULTS[0]
 
 
+def _solvers(text: str | None, task: Task) -> dict[str, Solver[Any]]:
+    """Return the solvers asked for; else the task's own; else those that fit its problem."""
+    if text is None and task.solver is not None:
+        return {type(task.solver).__name__: task.solver}
+    return parse_solvers(text or fitting(task.problem))
+
+
 def make_task(name: str) -> Callable[[int], Task]:
     """Return seed -> task, for a ready problem's name or a `module:function` of the user's that returns a Task."""
     if ":" in name:
@@ -129,7 +136,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    (name, solver), *more = parse_solvers(options.solver or fitting(task.problem)).items()
+    (name, solver), *more = _solvers(options.solver, task).items()
     if more and options.solver:
         raise InvalidProblem("run takes one solver; compare takes several.")
     steps = steps_for(task, solver) if options.steps is None else options.steps
@@ -146,7 +153,7 @@ def _compare(options: argparse.Namespace) -> int:
     task = make_task(options.problem)
     rows = compare(
         task,
-        parse_solvers(options.solvers or fitting(task(0).problem)),
+        _solvers(options.solvers, task(0)),
         seeds=range(options.seeds),
         steps=options.steps,
     )

@@ -10,6 +10,7 @@ import torch
 
 from bilevel.layout import Variables, named_leaves
 from bilevel.problem import Problem
+from bilevel.solvers._base import Solver
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Task:
         y0: lower start.
         steps: upper steps that suffice for the solvers' defaults.
         evaluate: (x, y) -> named numbers on data that no solver has seen (test accuracy and the like).
+        solver: the one that the task is made for, where x acts through training itself (a rate, say) and so belongs
+            to a lower optimizer; None: any that handles the problem.
         source: where the problem or its data come from, with their licence.
     """
 
@@ -33,6 +36,7 @@ class Task:
     steps: int = 200
     evaluate: Callable[[Variables, Variables], dict[str, Any]] | None = None
     source: str = ""
+    solver: Solver[Any] | None = None
 
     def x_error(self, x: Variables) -> float | None:
         """Return `‖x - x*‖ / max(1, ‖x*‖)`, or None where x* is not known."""
