@@ -1,7 +1,7 @@
 """Bilevel and hyperparameter optimization for PyTorch: one problem, every method, no silently wrong hypergradient."""
 
 from bilevel import problems
-from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.callbacks import CSVLogger, EarlyStopping, Event, KeepBest
 from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
 from bilevel.data import DataSource, Episodes, Full, Loader, Shuffled, episodes
@@ -55,6 +55,7 @@ from bilevel.optimizers import (
     CoordinateDescent,
     Cosine,
     CountSteps,
+    Knots,
     L1Normalized,
     OnlineRate,
     Optimizer,
@@ -146,9 +147,9 @@ __all__ = [
     "EarlyStopping", "ElasticNet", "Episodes", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
     "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
     "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
-    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
-    "L1Normalized", "LayerCheck", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "LowerSolution",
-    "Memory", "Metagradient", "Metasmoothness", "Metrics", "MissingPackage", "MultiplierAtBound",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "KeepBest", "Knots",
+    "L1Ball", "L1Normalized", "LayerCheck", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader",
+    "LowerSolution", "Memory", "Metagradient", "Metasmoothness", "Metrics", "MissingPackage", "MultiplierAtBound",
     "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth",
     "Nystrom", "NystromPreconditioner", "OneStep", "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory",
     "PoolGradient", "Power", "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient",

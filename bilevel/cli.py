@@ -11,7 +11,7 @@ from typing import Any
 from bilevel.check import check
 from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
-from bilevel.names import DEFAULTS, first_line, make_task, parse_solvers, problem_makers, solver_makers, suited
+from bilevel.names import DEFAULTS, chosen, first_line, make_task, problem_makers, solver_makers
 from bilevel.report import Row, table, write_json
 from bilevel.status import BilevelError, InvalidProblem
 
@@ -39,7 +39,7 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    (name, solver), *more = parse_solvers(options.solver or suited(task)).items()
+    (name, solver), *more = chosen(options.solver, task).items()
     if more and options.solver:
         raise InvalidProblem("run takes one solver; compare takes several.")
     steps = steps_for(task, solver) if options.steps is None else options.steps
@@ -56,7 +56,7 @@ def _compare(options: argparse.Namespace) -> int:
     task = make_task(options.problem)
     rows = compare(
         task,
-        parse_solvers(options.solvers or suited(task(0))),
+        chosen(options.solvers, task(0)),
         seeds=range(options.seeds),
         steps=options.steps,
     )

@@ -6,7 +6,7 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from bilevel import hypergradients, linear, optimizers, problems, solvers
@@ -77,9 +77,11 @@ def fitting(problem: Problem) -> str:
     return DEFAULTS[0]
 
 
-def suited(task: Task) -> str:
-    """Return the solvers that a task names itself, or else those that fit its problem."""
-    return ",".join(task.solvers) or fitting(task.problem)
+def chosen(text: str | None, task: Task) -> Mapping[str, Solver[Any]]:
+    """Return the solvers asked for; else the task's own; else those that fit its problem."""
+    if text is None and task.solvers:
+        return task.solvers
+    return parse_solvers(text or fitting(task.problem))
 
 
 def make_task(name: str) -> Callable[[int], Task]:

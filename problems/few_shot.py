@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch.func import grad, vmap
 from bilevel.data import episodes
 from bilevel.data.episodes import Draw
 from bilevel.modules import FunctionalModule
+from bilevel.optimizers import Adam
 from bilevel.problem import Problem
+from bilevel.solvers._base import Solver
+from bilevel.solvers.published import maml
 from bilevel.status import InvalidProblem
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -152,3 +155,9 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidProblem(f"{name} must be a positive int, got {value!r}.")
+
+
+def learners(lr: float, lower_steps: int) -> dict[str, Solver[Any]]:
+    """Return the solvers that few-shot tasks are made for, by name."""
+    options: dict[str, Any] = {"lr": lr, "lower_steps": lower_steps, "upper": Adam(lr=0.003)}
+    return {"maml": maml(**options), "first-order maml": maml(first_order=True, **options)}

@@ -13,7 +13,7 @@ from bilevel.data._base import moved
 from bilevel.modules import FunctionalModule, functional
 from bilevel.problems._base import Task
 from bilevel.problems._glyphs import FACES, GLYPHS, letters
-from bilevel.problems.few_shot import Adaptation, Examples, Weights, check_counts, few_shot, interval, scores
+from bilevel.problems.few_shot import Adaptation, Examples, Weights, check_counts, few_shot, interval, learners, scores
 from bilevel.status import InvalidProblem
 
 Split: TypeAlias = Literal["test", "validation"]
@@ -78,10 +78,9 @@ def glyphs(
         mean, half = interval(accuracies(net, x, asked, judge))
         return {f"{split}_accuracy": mean, "interval": half}
 
-    method = f"lr={lr},lower_steps={lower_steps},upper=Adam(lr=0.003))"
     return Task(
         "glyphs", problem, net.parameters(), None, steps=300, evaluate=evaluate, source=GLYPHS,
-        solvers=tuple(f"{kind}{method}" for kind in ("maml(", "maml(first_order=True,")),
+        solvers=learners(lr, lower_steps),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bilevel.data._base import moved
 from bilevel.modules import functional
 from bilevel.problems._base import Task
-from bilevel.problems.few_shot import Adaptation, Examples, Weights, check_counts, few_shot, interval, scores
+from bilevel.problems.few_shot import Adaptation, Examples, Weights, check_counts, few_shot, interval, learners, scores
 
 JUDGED = 1000
 ENDS = 5.0
@@ -73,10 +73,9 @@ def sine(
         mean, half = interval(scores(loss, loss, x, asked, judge))
         return {"test_mse": mean, "interval": half}
 
-    method = f"lr={lr},lower_steps={lower_steps},upper=Adam(lr=0.003))"
     return Task(
         "sine", problem, net.parameters(), None, steps=300, evaluate=evaluate, source="made up: no data",
-        solvers=tuple(f"{kind}{method}" for kind in ("maml(", "maml(first_order=True,")),
+        solvers=learners(lr, lower_steps),
     )  # fmt: skip
 
 

@@ -110,6 +110,21 @@ def test_a_problem_of_the_users(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "scalar" in capsys.readouterr().out
 
 
+def test_a_task_may_bring_its_solver(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    solver = bilevel.Metagradient(lower_steps=3)
+    monkeypatch.setattr(
+        bilevel.problems,
+        "trained",
+        lambda: replace(bilevel.problems.scalar(), solvers={"trained": solver}),
+        raising=False,
+    )
+    for command in ("run", "compare"):
+        assert cli.main([command, "bilevel.problems:trained", "--steps", "2"]) == 0
+        assert "trained" in capsys.readouterr().out
+    assert cli.main(["run", "bilevel.problems:trained", "--solver", "implicit", "--steps", "2"]) == 0
+    assert "implicit" in capsys.readouterr().out
+
+
 def test_module_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "bilevel", "list"], capture_output=True, text=True, check=True)
     assert "quadratic" in done.stdout

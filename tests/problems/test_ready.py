@@ -13,11 +13,10 @@ import bilevel
 from bilevel import problems
 from bilevel.dry_run import open_oracles
 from bilevel.layout import named_leaves
-from bilevel.names import parse_solvers
 from bilevel.problems import Task
 from bilevel.problems._datasets import diabetes, shares, standardized
 
-SLOW = {"hyper_cleaning_mlp"}
+SLOW = {"hyper_cleaning_mlp", "learning_rates", "data_selection", "robustness_audit", "weight_decays"}
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
 OTHER: dict[str, Callable[[], bilevel.Solver]] = {
     "box": bilevel.ProxF2SA, "ineq": bilevel.LVHBA, "lasso1": bilevel.MEHA, "llc": bilevel.LVHBA, "mc": bilevel.BAMM,
@@ -28,7 +27,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for 
 REAL = {
     "ridge": "test_mse", "logistic_regression": "test_accuracy", "hyper_cleaning": "f1",
     "lasso": "test_r2", "elastic_net": "features", "sparse_group": "groups", "svm": "support_vectors",
-    "svm_primal": "wrong_labels_found", "glyphs": "interval", "sine": "test_mse",
+    "svm_primal": "wrong_labels_found", "glyphs": "interval", "sine": "test_mse", "learning_rates": "test_loss",
+    "data_selection": "good", "robustness_audit": "change",
 }  # fmt: skip
 
 
@@ -43,8 +43,7 @@ def test_opens_and_makes_two_steps(name: str) -> None:
     assert task.name == name.replace("_", "-")
     assert task.source
     before = [leaf.clone() for _, leaf in named_leaves(task.x0)]
-    suited = parse_solvers(",".join(task.solvers)) or {"": OTHER.get(name, bilevel.implicit)()}
-    solver = next(iter(suited.values()))
+    solver = task.solver or OTHER.get(name, bilevel.implicit)()
     solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=2)
     assert solution.status.ok, solution.message
     assert all(bool((a == b).all()) for a, (_, b) in zip(before, named_leaves(task.x0), strict=True))
