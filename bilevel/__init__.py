@@ -62,6 +62,7 @@ from bilevel.optimizers import (
     from_torch,
 )
 from bilevel.oracles import Counts, Oracles
+from bilevel.plan import Plan, plan
 from bilevel.problem import Problem
 from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
 from bilevel.replay import Binomial, Disk, Host, KAry, Memory, Schedule, Sqrt, Store, StoreAll, Visited
@@ -106,6 +107,18 @@ from bilevel.solvers import (
 )
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.solvers.published import maml, reptile
+from bilevel.space import (
+    Knots,
+    PerExample,
+    PerInput,
+    PerLayer,
+    PerParameter,
+    PerStep,
+    PerUnit,
+    Real,
+    Space,
+    Weights,
+)
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
@@ -133,24 +146,26 @@ from bilevel.status import (
     Status,
     UnusedHyperparameter,
 )
+from bilevel.tune import Tuned, tune
 
 __all__ = [
-    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS",
-    "LVHBA", "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball",
-    "BilevelError", "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError",
-    "Conditions", "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense",
-    "Disk", "Diverged", "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
-    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
-    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
-    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball",
-    "L1Normalized", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient",
-    "Metasmoothness", "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic",
-    "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate",
-    "Operator", "Optimizer", "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem",
-    "Product", "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule",
-    "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
-    "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
-    "TrainingRun", "Unrolled", "UnusedHyperparameter", "Visited", "ZerothOrder", "amigo", "compare", "conditions",
-    "from_torch", "functional", "hypergradient", "imaml", "implicit", "implicit_function", "maml", "metagradient",
-    "metasmoothness", "neumann", "nystrom", "problems", "reptile", "solve", "unrolled",
+    "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
+    "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
+    "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Conditions",
+    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged",
+    "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
+    "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
+    "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
+    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "Knots", "L1Ball", "L1Normalized",
+    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness",
+    "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
+    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate", "Operator", "Optimizer", "Oracles",
+    "OutOfMemory", "PerExample", "PerInput", "PerLayer", "PerParameter", "PerStep", "PerUnit", "Plan", "PoolGradient",
+    "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "ProximalGradient", "Real", "Regularizer",
+    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
+    "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "Space", "SparseDescent", "SparseGroupL1", "Sqrt", "Status",
+    "StepDecay", "Store", "StoreAll", "TrainingRun", "Tuned", "Unrolled", "UnusedHyperparameter", "Visited", "Weights",
+    "ZerothOrder", "amigo", "compare", "conditions", "from_torch", "functional", "hypergradient", "imaml", "implicit",
+    "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "plan", "problems", "reptile",
+    "solve", "tune", "unrolled",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line: `bilevel list | run | compare`."""
+"""The command line: `bilevel list | plan | run | compare`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from bilevel import problems, solvers
 from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
+from bilevel.plan import plan
 from bilevel.problem import Problem
 from bilevel.problems import Task
 from bilevel.report import Row, table, write_json
@@ -127,9 +128,21 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    task = make_task(options.problem)(options.seed)
+    print(plan(task.problem, task.x0, task.y0, seed=options.seed))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    (name, solver), *more = parse_solvers(options.solver or fitting(task.problem)).items()
+    if options.solver == "auto":
+        found = plan(task.problem, task.x0, task.y0, seed=options.seed)
+        print(f"auto: {found.recommended}, because {found.reason}")
+        chosen = {str(found.recommended): found.solver()}
+    else:
+        chosen = parse_solvers(options.solver or fitting(task.problem))
+    (name, solver), *more = chosen.items()
     if more and options.solver:
         raise InvalidProblem("run takes one solver; compare takes several.")
     steps = steps_for(task, solver) if options.steps is None else options.steps
@@ -165,9 +178,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = partial(_command, commands)
     add("list", _list, "show ready problems and solvers")
+    planned = add("plan", _plan, "say which solvers fit a problem, what a step of each costs, and which to take")
+    planned.add_argument("problem", help="a name from `bilevel list`, or module:function")
+    planned.add_argument("--seed", type=int, default=0)
     run = add("run", _run, "solve one problem with one solver")
     run.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    run.add_argument("--solver", help="for example: neumann(terms=3); by default one that fits the problem")
+    run.add_argument(
+        "--solver",
+        help="for example: neumann(terms=3); auto: what `bilevel plan` recommends; by default one that fits the problem",
+    )
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")
     many.add_argument("problem", help="a name from `bilevel list`, or module:function")
