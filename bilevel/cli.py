@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("problem", help="a name from `bilevel list`, or module:function")
     run.add_argument(
         "--solver",
-        help="for example: neumann(terms=3); auto: what `bilevel plan` recommends; by default one that fits the problem",
+        help="such as neumann(terms=3), or auto: what `bilevel plan` recommends; by default one that fits the problem",
     )
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")

@@ -1,4 +1,4 @@
-"""Which solver fits a problem: what holds of it, measured at the start; what each solver would cost; which one to take."""
+"""Which solver fits a problem, what a step of each would cost, and which one to take, from what holds at the start."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import Any, Literal, TypeAlias
 
 from bilevel import solvers
 from bilevel.costs import Cost, Sizes, cost_of
-from bilevel.dry_run import open_oracles
+from bilevel.facts import Facts, described, measured
 from bilevel.hypergradients import Implicit
 from bilevel.layout import Variables
 from bilevel.linear import CG, Dense, Jacobi
-from bilevel.linear._lanczos import random_signs, ritz_range
 from bilevel.optimizers import SGD, Optimizer
-from bilevel.oracles import Oracles, tensors_in
 from bilevel.problem import Problem
 from bilevel.report import Row, table
-from bilevel.second_order import GraphBytes
 from bilevel.solvers import (
     BAMM,
     BLOCC,
@@ -40,67 +34,17 @@ from bilevel.solvers import (
     implicit,
 )
 from bilevel.solvers._base import Solver
-from bilevel.status import BilevelError, InvalidProblem, SecondOrderUnsupported, UnusedHyperparameter
+from bilevel.status import BilevelError, InvalidProblem
 
 Auto: TypeAlias = Literal["auto"]
 """In place of a solver: the one that `plan` recommends."""
 
-LANCZOS = 30
-"""Products that look for curvatures, at each of two points."""
 SMALL = 100
 """Lower variables up to which d products, all at once, are no price for an exact solve."""
 KKT_SIZE = 100
 """Unknowns up to which SciPy solves for both levels together."""
-FLAT = {torch.float32: 1e-6, torch.float64: 1e-10}
-"""Curvatures below this part of the largest are zero as far as rounding lets one see."""
 SPREAD = 10.0
 """Ratio of declared curvatures from which on a preconditioner that undoes them pays."""
-
-
-class Facts(NamedTuple):
-    """What was measured at the start.
-
-    Args:
-        upper: p, entries of x.
-        lower: d, entries of y in one block.
-        blocks: m, None without blocks.
-        batch: examples in a lower batch, None where that cannot be seen.
-        every_batch_alike: whether all lower steps see the same batch.
-        parts: what the lower level has beside a smooth objective: "lower_set", "constraint", "equality", "kinks".
-        second_order: how the lower objective is differentiated twice; None: not at all.
-        curvature: least and largest curvature seen, of the lower objective at the start and at a point near it; None
-            where it was not looked for, because of `parts` or without second derivatives.
-        spread: largest over least declared curvature; 1 without a regularizer.
-        only_through_training: what the dry run says of a leaf of x that enters neither objective; None if all do.
-        itemsize: bytes of a number.
-        graph: bytes that the graph of one lower gradient holds.
-    """
-
-    upper: int
-    lower: int
-    blocks: int | None
-    batch: int | None
-    every_batch_alike: bool
-    parts: tuple[str, ...]
-    second_order: str | None
-    curvature: tuple[float, float] | None
-    spread: float
-    only_through_training: str | None
-    itemsize: int
-    graph: int
-
-    @property
-    def bends_down(self) -> bool:
-        """Whether the lower objective curves downwards somewhere, so that it is not convex."""
-        return self.curvature is not None and self.curvature[0] < -1e-4 * abs(self.curvature[1])
-
-    @property
-    def flat(self) -> bool:
-        """Whether the lower objective has directions without curvature, so that its solutions may be many."""
-        if self.curvature is None or self.bends_down:
-            return False
-        low, high = self.curvature
-        return low <= FLAT[torch.float64 if self.itemsize == 8 else torch.float32] * high
 
 
 @dataclass(frozen=True)
@@ -157,7 +101,7 @@ class Plan:
         for choice in self.choices:
             row: Row = {"solver": choice.name, "family": choice.family, "fits": "yes" if choice.fits else "no"}
             rows.append(row | (_cells(choice.cost) if choice.fits else {}) | {"note": choice.why or None})
-        lines = [_described(self.facts), "", table(rows), ""]
+        lines = [described(self.facts), "", table(rows), ""]
         if any(choice.cost is not None and not choice.cost.exact for choice in self.choices):
             lines += ["Costs are those of one upper step; ~: of most steps, it depends on where they lead.", ""]
         lines.append(f"Recommended: {self.recommended or 'none'}, because {self.reason}")
@@ -207,7 +151,7 @@ def plan(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a solve warns of the same
-        oracles, x, y, facts = _measured(problem, x0, y0, seed)
+        oracles, x, y, facts = measured(problem, x0, y0, seed)
         sizes = Sizes(facts.upper, y.numel(), facts.lower, facts.graph, facts.itemsize)
         choices = tuple(_judged(name, problem, facts, sizes) for name in solvers.__all__)
         troubles: list[str] = []
@@ -221,84 +165,7 @@ def plan(
     return Plan(facts, choices, None, " | ".join(troubles) or str(facts.only_through_training), None, None)
 
 
-# -- what holds --------------------------------------------------------------------------------------------------------
-
-
-def _measured(
-    problem: Problem, x0: Variables, y0: Variables | None, seed: int
-) -> tuple[Oracles, Tensor, Tensor, Facts]:
-    oracles, x, y, only, second = _opened(problem, x0, y0, seed)
-    regularizer = problem.regularizer
-    present = {
-        "lower_set": problem.lower_set is not None,
-        "constraint": problem.constraint is not None,
-        "equality": problem.equality is not None,
-        "kinks": regularizer is not None and not regularizer.smooth,
-    }
-    parts = tuple(name for name, there in present.items() if there)
-    lengths = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(oracles.batch("lower", 0))}
-    graph, curvature = 0, None
-    if second is not None:
-        graph = _graph_bytes(oracles, x, y)
-        curvature = None if parts else _curvature(oracles, x, y)
-    declared = oracles.declared(x).curvature(y)
-    spread = 1.0
-    if declared is not None and not present["kinks"] and float(declared.max()) > 0:
-        spread = float(declared.max() / declared.min().clamp_min(1e-30))
-    facts = Facts(
-        upper=x.numel(), lower=y.shape[-1], blocks=problem.blocks,
-        batch=lengths.pop() if len(lengths) == 1 and problem.blocks is None else None,
-        every_batch_alike=problem.deterministic_lower, parts=parts, second_order=second, curvature=curvature,
-        spread=spread, only_through_training=only, itemsize=y.element_size(), graph=graph,
-    )  # fmt: skip
-    return oracles, x, y, facts
-
-
-def _opened(
-    problem: Problem, x0: Variables, y0: Variables | None, seed: int
-) -> tuple[Oracles, Tensor, Tensor, str | None, str | None]:
-    """Open the oracles as far as the problem lets one, and say what it does not let one do."""
-    only: str | None = None
-    needs_hvp = True
-    while True:
-        try:
-            oracles, x, y = open_oracles(problem, x0, y0, seed=seed, needs_hvp=needs_hvp, trains=only is not None)
-        except UnusedHyperparameter as error:
-            if only is not None:
-                raise
-            only = str(error)
-        except SecondOrderUnsupported:
-            if not needs_hvp:
-                raise
-            needs_hvp = False
-        else:
-            return oracles, x, y, only, oracles.way if needs_hvp else None
-
-
-def _graph_bytes(oracles: Oracles, x: Tensor, y: Tensor) -> int:
-    if oracles.way != "double_backward":
-        return 0  # function transforms refuse hooks, differences hold no graph
-    with GraphBytes() as graph:
-        oracles.linearize_lower(x, y)
-    return graph.bytes
-
-
-def _curvature(oracles: Oracles, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return the least and the largest curvature that Lanczos steps see at y and at a random point near it."""
-    typical = float(y.square().mean().sqrt())
-    signs = random_signs(y, 1)
-    ends: list[tuple[float, float]] = []
-    for point in (y, y + 0.5 * max(typical, 0.1) * signs):
-        linearization = oracles.linearize_lower(x, point)
-        if not bool(linearization.gradient.isfinite().all()):
-            continue  # the user's function need not be defined there
-        low, high = ritz_range(linearization.hvp, random_signs(y, 0), LANCZOS)
-        if bool(low.isfinite().all() & high.isfinite().all()):
-            ends.append((float(low.min()), float(high.max())))
-    return min(low for low, _ in ends), max(high for _, high in ends)
-
-
-# -- which solvers fit ---------------------------------------------------------------------------------------------------
+# -- which solvers fit ------------------------------------------------------------------------------------------------
 
 
 def _judged(name: str, problem: Problem, facts: Facts, sizes: Sizes) -> Choice:
@@ -332,24 +199,17 @@ def _objection(solver: Solver[Any], problem: Problem, facts: Facts) -> str:
 
 
 def _caution(solver: Solver[Any], facts: Facts) -> str:
-    implicit_like = isinstance(solver, HypergradientDescent) and not solver.replays
-    if implicit_like and facts.bends_down:
-        return "not convex here: damping, or a start near a minimum"
-    if implicit_like and facts.flat:
-        return "flat directions here: an L2 regularizer, or damping"
+    if isinstance(solver, HypergradientDescent) and not solver.replays:
+        if facts.bends_down:
+            return "not convex here: damping, or a start near a minimum"
+        if facts.flat:
+            return "flat directions here: an L2 regularizer, or damping"
     if facts.second_order == "differences" and solver.needs_hvp:
         return "each product is a difference of gradients"
-    if (
-        implicit_like
-        and not facts.every_batch_alike
-        and solver.lower is None
-        and isinstance(solver.estimator, Implicit)
-    ):
-        return "mini-batches: the linear system is that of one batch"
     return ""
 
 
-# -- which one to take -----------------------------------------------------------------------------------------------------
+# -- which one to take ------------------------------------------------------------------------------------------------
 
 Candidate: TypeAlias = tuple[str, Solver[Any], str]
 
@@ -447,26 +307,7 @@ def _convex(problem: Problem, facts: Facts) -> Iterator[Candidate]:
     yield "implicit()", implicit(), seen
 
 
-# -- words -----------------------------------------------------------------------------------------------------------------
-
-
-def _described(facts: Facts) -> str:
-    blocks = "" if facts.blocks is None else f" in each of {facts.blocks} blocks"
-    batch = "" if facts.batch is None else f" of {facts.batch}"
-    lines = [
-        f"x: {facts.upper} numbers; y: {facts.lower} numbers{blocks}; lower batches{batch}, "
-        + ("the same in every step" if facts.every_batch_alike else "other ones in every step"),
-        f"lower level beside its objective: {', '.join(facts.parts) or 'nothing'}",
-        f"second derivatives: {facts.second_order or 'none'}"
-        + (f"; one graph holds {facts.graph / 2**20:.2g} MiB" if facts.graph else ""),
-    ]
-    if facts.curvature is not None:
-        low, high = facts.curvature
-        shape = "not convex" if facts.bends_down else "flat in places" if facts.flat else "convex as far as seen"
-        lines.append(f"lower curvature at the start and near it: {low:.3g} to {high:.3g}, {shape}")
-    if facts.only_through_training is not None:
-        lines.append(f"training: {facts.only_through_training}")
-    return "\n".join(lines)
+# -- words ------------------------------------------------------------------------------------------------------------
 
 
 def _cells(cost: Cost | None) -> Row:

@@ -1,7 +1,7 @@
 """Search spaces: what a hyperparameter may be, in its own units, and the coordinate in [0, 1] that solvers move.
 
-Every space is a smooth map from coordinates to values with an exact inverse. Coordinates of all spaces lie in [0, 1], so
-that one upper step length serves them all, and both ends of a range can be reached (a sigmoid would only approach them).
+Every space is a smooth map from coordinates to values with an exact inverse. Coordinates of all spaces lie in [0, 1]:
+one upper step length serves them all, and both ends of a range can be reached (a sigmoid would only approach them).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Space(ABC):
 @final
 @dataclass(frozen=True)
 class Real(Space):
-    """One number in a range, linear or logarithmic: with the coordinate u in [0, 1],
+    """One number in a range, linear or logarithmic, with the coordinate u in [0, 1].
 
         value = low (1 - u) + high u,      with `log`:  value = low^(1 - u) high^u
 
@@ -220,7 +220,7 @@ class Knots(Repeated):
 @final
 @dataclass(frozen=True)
 class Weights(Space):
-    """Positive weights with mean 1, none more than `ratio` times another: with coordinates u in [0, 1],
+    """Positive weights with mean 1, none more than `ratio` times another, with coordinates u in [0, 1].
 
         value_i = ratio^u_i / mean_j ratio^u_j
 

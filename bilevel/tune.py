@@ -29,8 +29,8 @@ class Tuned:
     """The answer of `tune`.
 
     Args:
-        values: the best hyperparameters, by name and in their own units: floats; by layer a dict of floats; by unit,
-            input or parameter a dict of tensors that broadcast to the parameters; else tensors.
+        values: the best hyperparameters, by name and in their own units: floats; by layer a dict of floats; by unit a
+            dict of vectors by layer; by input or entry a dict of vectors by parameter; else vectors.
         model: a copy of the module, trained with them, in evaluation mode.
         validation: what the model reaches on the validation examples: `loss`, and with labels `error`, the share of
             wrong ones. The values were chosen by this loss, so it flatters them.

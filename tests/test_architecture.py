@@ -36,7 +36,7 @@ FLOORS = [
     },
     {"hypergradients"},
     {"solvers"},
-    {"solution", "callbacks", "progress", "report", "costs"},
+    {"solution", "callbacks", "progress", "report", "costs", "facts"},
     {"plan"},
     {"loop", "session", "plots"},
     {"tuning", "tune"},

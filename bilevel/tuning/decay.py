@@ -12,6 +12,9 @@ from torch import Tensor
 from bilevel.space import PerInput, PerLayer, PerParameter, PerUnit, Real, Space
 from bilevel.status import InvalidProblem
 
+WHOLE = "model"
+"""Name of a layer that is the model itself."""
+
 
 @dataclass(frozen=True)
 class Decay:
@@ -20,12 +23,14 @@ class Decay:
     Args:
         size: how many values; None: one, 0-dim, for all entries.
         places: parameter -> (first value, one past the last, shape that broadcasts to the parameter).
-        layers: their names, in the order of the values, for values by layer.
+        names: what the values belong to: (name, first value, one past the last), in order.
+        by_layer: whether each name has one value.
     """
 
     size: int | None
     places: Mapping[str, tuple[int, int, tuple[int, ...]]]
-    layers: tuple[str, ...] = ()
+    names: tuple[tuple[str, int, int], ...] = ()
+    by_layer: bool = False
 
     @classmethod
     def of(cls, space: Space, parameters: Mapping[str, Tensor]) -> Decay:
@@ -49,7 +54,7 @@ class Decay:
         for key, size in sizes.items():
             starts[key], total = total, total + size
         places = {name: (starts[key], starts[key] + sizes[key], shape) for name, (key, shape) in keys.items()}
-        return cls(total, places)
+        return cls(total, places, tuple((key[0], starts[key], starts[key] + size) for key, size in sizes.items()))
 
     def dealt(self, values: Tensor) -> Any:
         """Return what `bilevel.L2` takes as weight: a number, or parameter -> values that broadcast to it."""
@@ -58,23 +63,23 @@ class Decay:
         return {name: values[first:end].view(shape) for name, (first, end, shape) in self.places.items()}
 
     def named(self, values: Tensor) -> Any:
-        """Return the values as a user reads them: a float, floats by layer, or tensors by parameter."""
+        """Return the values as a user reads them: a float, floats by layer, or vectors by layer or parameter."""
         if self.size is None:
             return float(values)
-        if self.layers:
-            return dict(zip(self.layers, values.tolist(), strict=True))
-        return self.dealt(values)
+        if self.by_layer:
+            return {name: float(values[first]) for name, first, _ in self.names}
+        return {name: values[first:end] for name, first, end in self.names}
 
 
 def _key(space: Space, name: str, shape: tuple[int, ...]) -> tuple[tuple[str, int], tuple[int, ...]]:
     """Return whose values a parameter takes, and in which shape; parameters with the same key share them."""
     layer = name.rpartition(".")[0]
     if isinstance(space, PerUnit) and shape:
-        return (f"unit {layer}", shape[0]), (shape[0], *[1] * (len(shape) - 1))
+        return (layer or WHOLE, shape[0]), (shape[0], *[1] * (len(shape) - 1))
     if isinstance(space, PerInput):
-        return (f"input {name}", 0), ((1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else ())
+        return (name, 0), ((1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else ())
     assert isinstance(space, PerParameter | PerUnit)
-    return (f"own {name}", 0), shape
+    return (name, 0), shape
 
 
 def _by_layer(space: PerLayer, parameters: Mapping[str, Tensor]) -> Decay:
@@ -90,4 +95,5 @@ def _by_layer(space: PerLayer, parameters: Mapping[str, Tensor]) -> Decay:
         for name in parameters
         if (layer := name.rpartition(".")[0]) in numbers
     }
-    return Decay(len(wanted), places, tuple(layer or "model" for layer in wanted))
+    names = tuple((layer or WHOLE, i, i + 1) for i, layer in enumerate(wanted))
+    return Decay(len(wanted), places, names, by_layer=True)

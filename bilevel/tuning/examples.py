@@ -163,9 +163,10 @@ def _tensor(part: Any, like: Tensor) -> Tensor:
         if array.dtype == object:  # frames with columns of several types
             array = array.astype(np.float64)
         part = torch.as_tensor(np.ascontiguousarray(array), device=like.device)
-    if part.is_floating_point():
-        return part.to(like.dtype)
-    return part.long() if part.dtype in (torch.bool, torch.int32, torch.int16, torch.int8, torch.uint8) else part
+    made: Tensor = part
+    if made.is_floating_point():
+        return made.to(like.dtype)
+    return made.long() if not made.is_complex() else made
 
 
 def _largest(targets: Tensor) -> int | None:

@@ -64,10 +64,11 @@ class Loss:
     def plain(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the loss of each example `[n]`, or the user's mean `[]`."""
         if self.function is not None:
-            return self.function(outputs, targets)
+            own: Tensor = self.function(outputs, targets)
+            return own
         if self.classes is None:
-            return (outputs.reshape(targets.shape) - targets).square().flatten(1).mean(1) if targets.dim() > 1 else (
-                outputs.reshape(-1) - targets).square()  # fmt: skip
+            squares: Tensor = (outputs.reshape(targets.shape) - targets).square()
+            return squares.flatten(1).mean(1) if squares.dim() > 1 else squares
         return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
 
     def training(
@@ -78,11 +79,12 @@ class Loss:
         by_class: Tensor | None,
         by_example: Tensor | None,
     ) -> Tensor:
-        """Return the training loss of a batch, 0-dim: `torch.nn.CrossEntropyLoss(by_class, label_smoothing=smoothing)`,
+        """Return the training loss of a batch, 0-dim: that of torch, differentiable in all its options.
 
-            sum_i v_i [(1 - s) w_(t_i) nll_i(t_i) + s / K sum_c w_c nll_i(c)] / sum_i w_(t_i),
+            sum_i v_i [(1 - s) w_(t_i) nll_i(t_i) + s / K sum_c w_c nll_i(c)] / sum_i w_(t_i)
 
-        differentiable in smoothing s `[]`, weights of classes w `[K]` and of the batch's examples v `[n]`.
+        with smoothing s `[]`, weights of classes w `[K]` and of the batch's examples v `[n]`. For v = 1 it is
+        `torch.nn.CrossEntropyLoss(w, label_smoothing=s)`.
         """
         if smoothing is None and by_class is None:
             losses = self.plain(outputs, targets)
@@ -96,4 +98,5 @@ class Loss:
             losses = (1 - smoothing) * losses + smoothing / self.classes * (nll @ weights)
         if by_example is not None:
             losses = by_example * losses
-        return losses.sum() / own.sum()
+        total: Tensor = losses.sum() / own.sum()
+        return total
