@@ -1,10 +1,10 @@
-"""The command line: `bilevel list | run | compare | check`."""
+"""The command line: `bilevel list | plan | run | compare | check`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,9 @@ from bilevel.check import check
 from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
 from bilevel.names import DEFAULTS, chosen, first_line, make_task, problem_makers, solver_makers
+from bilevel.plan import plan
 from bilevel.report import Row, table, write_json
+from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
 SHOWN = ("message", "problem")
@@ -37,9 +39,21 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    task = make_task(options.problem)(options.seed)
+    print(plan(task.problem, task.x0, task.y0, seed=options.seed))
+    return 0
+
+
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    (name, solver), *more = chosen(options.solver, task).items()
+    if options.solver == "auto":
+        found = plan(task.problem, task.x0, task.y0, seed=options.seed)
+        print(f"auto: {found.recommended}, because {found.reason}")
+        asked: Mapping[str, Solver[Any]] = {str(found.recommended): found.solver()}
+    else:
+        asked = chosen(options.solver, task)
+    (name, solver), *more = asked.items()
     if more and options.solver:
         raise InvalidProblem("run takes one solver; compare takes several.")
     steps = steps_for(task, solver) if options.steps is None else options.steps
@@ -82,9 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = partial(_command, commands)
     add("list", _list, "show ready problems and solvers")
+    planned = add("plan", _plan, "say which solvers fit a problem, what a step of each costs, and which to take")
+    planned.add_argument("problem", help="a name from `bilevel list`, or module:function")
+    planned.add_argument("--seed", type=int, default=0)
     run = add("run", _run, "solve one problem with one solver")
     run.add_argument("problem", help="a name from `bilevel list`, or module:function")
-    run.add_argument("--solver", help="for example: neumann(terms=3); by default one that fits the problem")
+    run.add_argument(
+        "--solver",
+        help="such as neumann(terms=3), or auto: what `bilevel plan` recommends; by default one that fits the problem",
+    )
     run.add_argument("--seed", type=int, default=0)
     many = add("compare", _compare, "run several solvers on one problem")
     many.add_argument("problem", help="a name from `bilevel list`, or module:function")
