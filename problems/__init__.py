@@ -5,11 +5,15 @@ if __name__ != "bilevel.problems":
 
 from bilevel.problems._base import Task
 from bilevel.problems.analytic import quadratic, scalar
+from bilevel.problems.cells import cell_search, discrete_cell
 from bilevel.problems.cleaning import clean, kept
+from bilevel.problems.few_shot import few_shot
+from bilevel.problems.glyphs import glyphs
 from bilevel.problems.hyper_cleaning import hyper_cleaning, hyper_cleaning_mlp, noisy_digits
 from bilevel.problems.imaml import imaml_quadratic
 from bilevel.problems.logistic_regression import logistic_regression
 from bilevel.problems.ridge import ridge
+from bilevel.problems.sine import sine
 from bilevel.problems.sparse import elastic_net, lasso, sparse_group
 from bilevel.problems.svm import svm
 from bilevel.problems.svm_primal import svm_primal
@@ -17,15 +21,19 @@ from bilevel.problems.toys import box, ineq, lasso1, llc, mc, mci, sc, shen, sin
 
 ready = (
     "scalar", "quadratic", "imaml_quadratic", "ridge", "logistic_regression", "hyper_cleaning", "hyper_cleaning_mlp",
-    "lasso", "elastic_net", "sparse_group", "svm", "svm_primal",
+    "cell_search", "lasso", "elastic_net", "sparse_group", "svm", "svm_primal", "glyphs", "sine",
     "box", "ineq", "lasso1", "llc", "mc", "mci", "sc", "shen", "sin", "wl",
 )  # fmt: skip
 
 __all__ = [
     "Task",
     "box",
+    "cell_search",
     "clean",
+    "discrete_cell",
     "elastic_net",
+    "few_shot",
+    "glyphs",
     "hyper_cleaning",
     "hyper_cleaning_mlp",
     "imaml_quadratic",
@@ -45,6 +53,7 @@ __all__ = [
     "scalar",
     "shen",
     "sin",
+    "sine",
     "sparse_group",
     "svm",
     "svm_primal",

@@ -20,19 +20,22 @@ class Task:
         name: as the command line knows it.
         problem: the statement; `problem.reference` is x* where it is known.
         x0: upper start.
-        y0: lower start.
+        y0: lower start; None where the problem's `lower_init` gives it.
         steps: upper steps that suffice for the solvers' defaults.
         evaluate: (x, y) -> named numbers on data that no solver has seen (test accuracy and the like).
         source: where the problem or its data come from, with their licence.
+        solvers: those that suit it, as the command line reads them, the best one first. Empty where any solver does
+            that treats all parts of the problem.
     """
 
     name: str
     problem: Problem
     x0: Variables
-    y0: Variables
+    y0: Variables | None
     steps: int = 200
     evaluate: Callable[[Variables, Variables], dict[str, Any]] | None = None
     source: str = ""
+    solvers: tuple[str, ...] = ()
 
     def x_error(self, x: Variables) -> float | None:
         """Return `‖x - x*‖ / max(1, ‖x*‖)`, or None where x* is not known."""

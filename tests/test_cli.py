@@ -14,6 +14,7 @@ import torch
 import bilevel
 from bilevel import InvalidProblem, cli
 from bilevel.compare import compare, spread
+from bilevel.names import parse_solvers
 from bilevel.problems import Task
 from bilevel.report import table, write_json
 
@@ -152,9 +153,31 @@ def test_compare_times_how_long_the_others_take_to_what_the_first_reached() -> N
 
 
 def test_solver_texts_are_parsed_not_evaluated() -> None:
-    assert list(cli.parse_solvers("all")) == list(bilevel.solvers.__all__)
-    assert cli.parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
-    assert list(cli.parse_solvers("hypergradient_descent,Implicit")) == ["hypergradient_descent", "Implicit"]
+    assert list(parse_solvers("all")) == list(bilevel.solvers.__all__)
+    assert parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
+    assert list(parse_solvers("hypergradient_descent,Implicit")) == ["hypergradient_descent", "Implicit"]
     for text in ("implicit(**{})", "neumann(3)"):
         with pytest.raises(InvalidProblem, match="name each option"):
-            cli.parse_solvers(text)
+            parse_solvers(text)
+
+
+def test_values_of_relaxed_methods_are_told_with_the_lower_level_solved_too() -> None:
+    rows = compare(
+        lambda seed: bilevel.problems.quadratic(seed=seed),
+        {"exact": bilevel.implicit(), "relaxed": bilevel.BOME()},
+        steps=40,
+    )
+    gaps = [abs(row["solved_value"] - row["upper_value"]) for row in rows]
+    assert gaps[0] < 1e-4 < gaps[1]
+
+
+def test_a_level_that_cannot_be_solved_alone_has_no_solved_value() -> None:
+    data = bilevel.Shuffled(torch.randn(8), batch_size=2)
+    problem = bilevel.Problem(
+        upper=lambda x, y, batch: (y - 1).square(),
+        lower=lambda x, y, batch: (y - x - batch).square().mean(),
+        lower_data=data,
+    )
+    task = bilevel.problems.Task("batches", problem, torch.tensor(0.0), torch.tensor(0.0))
+    (row,) = compare(lambda seed: task, {"first": bilevel.F2SA()}, steps=3)
+    assert row["solved_value"] is None
