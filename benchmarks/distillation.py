@@ -63,7 +63,10 @@ def rcig(split: dd.Split, ipc: int, share: float) -> Distilled:
         split.train, network, ipc=ipc, loss="mse", learn_targets=True, learn_temperature=True, batch_size=256
     )
     solver = dd.RCIG(
-        network, linear=bilevel.CG(max_steps=8), upper=dd.AdaBelief(3e-2), pool=dd.Pool(10, (1, 15), 100, bilevel.Adam(5e-4))
+        network,
+        linear=bilevel.CG(max_steps=8),
+        upper=dd.AdaBelief(3e-2),
+        pool=dd.Pool(10, (1, 15), 100, bilevel.Adam(5e-4)),
     )
     solution = solved(task, solver, round(share * (400 if ipc == 1 else 120)))
     return Distilled(task.synthetic(dd.RCIG.averaged(solution)), solution.state.step)

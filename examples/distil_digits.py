@@ -1,5 +1,4 @@
-"""Distil 3,000 handwritten digits into ten images, one of each: networks that see only those do nearly as well as with
-ten times as many real ones."""
+"""Distil 3,000 handwritten digits into ten images, and train networks on nothing but those."""
 
 import argparse
 
