@@ -1,6 +1,6 @@
 """Dataset distillation: a few images such that networks trained on them alone do well; one published method a file."""
 
-from bilevel.problems._datasets import Part, Split
+from bilevel.problems._datasets import Split
 from bilevel.problems.distillation.adabelief import AdaBelief
 from bilevel.problems.distillation.baselines import cluster_centers, random_images
 from bilevel.problems.distillation.cda import cda
@@ -26,7 +26,6 @@ __all__ = [
     "Evaluation",
     "FRePo",
     "Network",
-    "Part",
     "Pool",
     "RaTBPTT",
     "RateControl",
