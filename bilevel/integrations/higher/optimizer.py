@@ -71,7 +71,7 @@ class DifferentiableOptimizer:
                     )
                 index = place[id(parameter)]
                 self.places[-1].append(index)
-                self.states[index] = _state(self.kind, other.state.get(parameter, {}), device)
+                self.states[index] = _state(self.kind, parameter, other.state.get(parameter, {}), device)
         self._override(override)
         self._optimizers()  # refuses at the door what no step could use
 
@@ -152,9 +152,17 @@ def _gradients(loss: Tensor, weights: Sequence[Tensor], graph: bool) -> list[Ten
     return [next(found) if weight.requires_grad else None for weight in weights]
 
 
-def _state(kind: type[torch.optim.Optimizer], known: Mapping[str, Any], device: torch.device | None) -> Any:
+def _state(
+    kind: type[torch.optim.Optimizer], parameter: Tensor, known: Mapping[str, Any], device: torch.device | None
+) -> Any:
     """Return the state that a torch optimizer has gathered for one parameter; None where there is none."""
     tensors = {name: value.detach().clone().to(device) for name, value in known.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if name != "step" and tensor.shape != parameter.shape:
+            raise InvalidProblem(
+                f"the optimizer's {name} has shape {tuple(tensor.shape)}, its parameter {tuple(parameter.shape)}: its "
+                "state is that of another model."
+            )
     if kind is torch.optim.SGD:
         buffer = tensors.get("momentum_buffer")
         return None if buffer is None else SGDState(1, buffer)

@@ -325,6 +325,17 @@ def test_what_cannot_be_used_is_refused():
         net.update_params([torch.zeros(1)])
 
 
+def test_a_state_of_another_model_is_refused():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model[0].weight]["momentum_buffer"] = torch.zeros(2, 2)  # torch says so at its first step only
+    with (
+        pytest.raises(bilevel.InvalidProblem, match=r"momentum_buffer has shape \(2, 2\), its parameter \(5, 3\)"),
+        innerloop_ctx(model, optimizer),
+    ):
+        pass
+
+
 def test_momentum_brought_in_on_the_way():
     model, results = network(), []
     for context in (innerloop_ctx, higher.innerloop_ctx):
