@@ -1,8 +1,10 @@
 """Where an optional package is missing, the line that installs it is told."""
 
+import ast
 import importlib
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import bilevel
 from bilevel.demo.picture import draw
 from bilevel.extras import extra
 from bilevel.plots import plot_history
+
+OPTIONAL = {"matplotlib", "pandas", "tqdm", "sklearn", "mlxtend", "scipy", "optuna", "tensorboard"}
 
 
 def solution():
@@ -72,6 +76,28 @@ def test_a_missing_package_names_the_line(package, line, call, monkeypatch):
     with pytest.raises(bilevel.MissingPackage, match=re.escape(line)) as caught:
         call()
     assert isinstance(caught.value, ImportError)
+
+
+def unguarded(tree):
+    """Yield the optional imports inside functions that stand in no `with extra(...)`."""
+    guarded = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and "extra(" in ast.unparse(node.items[0].context_expr):
+            guarded |= {id(inner) for inner in ast.walk(node)}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+                if id(node) not in guarded:
+                    yield from (name for name in names if name.partition(".")[0] in OPTIONAL)
+
+
+def test_every_optional_import_says_what_to_install():
+    package = Path(bilevel.__file__).parent
+    files = [*package.rglob("*.py"), *(package / "problems").rglob("*.py")]
+    found = {path.name: list(unguarded(ast.parse(path.read_text()))) for path in files}
+    assert {name: names for name, names in found.items() if names} == {"progress.py": ["tqdm.auto"]}
 
 
 def test_what_is_missing_inside_an_installed_package_passes():

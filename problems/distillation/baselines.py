@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bilevel.extras import extra
 from bilevel.problems._datasets import Part
 from bilevel.problems.distillation.networks import Network
 from bilevel.problems.distillation.statement import check_images, chosen
@@ -38,13 +39,12 @@ def cluster_centers(train: Part, network: Network, ipc: int, *, seed: int = 0) -
         seed: of k-means.
 
     Raises:
-        InvalidProblem: a class has fewer images, or scikit-learn is not installed.
+        InvalidProblem: a class has fewer images.
+        MissingPackage: scikit-learn is not installed.
     """
     _check(train, network, ipc)
-    try:
+    with extra("data", {"sklearn": "scikit-learn"}, "cluster_centers"):
         from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise InvalidProblem("cluster_centers needs scikit-learn: pip install 'bilevel[data]'.") from error
     centers = []
     for label in range(network.classes):
         images = train.inputs[train.targets == label]
