@@ -1,8 +1,8 @@
 """A hundred hyperparameters of a network, at equal CPU time: hypergradients, TPE, and values set by hand.
 
-The program is `examples/tune_network.py`, with more time and more seeds; a seed draws the split, the network, the batches
-and the augmentation. Each search gets the CPU time (`time.process_time`) that the hypergradients took; the test digits
-choose nothing.
+The program is `examples/tune_network.py`, with more time and more seeds; a seed draws the split, the network, the
+batches and the augmentation. Each search gets the CPU time (`time.process_time`) that the hypergradients took; the test
+digits choose nothing.
 
     python -m benchmarks.tune --seeds 5 --seconds 40 --json out/tune.json
 """
