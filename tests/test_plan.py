@@ -168,12 +168,15 @@ def test_without_second_derivatives_first_order_solvers_are_left() -> None:
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-            return gradients[0] * 2 * ctx.saved_tensors[0]
+            doubled: Tensor = 2 * gradients[0] * ctx.saved_tensors[0]
+            return doubled
+
+    def lower(x: Tensor, y: Tensor, batch: Any) -> Tensor:
+        square: Tensor = Once.apply(y - x)  # type: ignore[no-untyped-call]
+        return square.sum()
 
     for hvp in ("auto", "double_backward"):
-        problem = bilevel.Problem(
-            upper=lambda x, y, batch: y.square().sum(), lower=lambda x, y, batch: Once.apply(y - x).sum(), hvp=hvp
-        )
+        problem = bilevel.Problem(upper=lambda x, y, batch: y.square().sum(), lower=lower, hvp=hvp)
         found = bilevel.plan(problem, torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
         assert found.recommended == "F2SA()"
         assert found.facts.second_order == ("differences" if hvp == "auto" else None)
@@ -292,9 +295,11 @@ def test_memory_of_training_is_that_of_its_schedule() -> None:
         cost = cost_of(solver, task.problem, sizes)
         assert cost is not None
         bytes_held[type(schedule).__name__] = cost.bytes
-        found = bilevel.metagradient(
+        run = bilevel.metagradient(
             task.problem, task.x0, task.y0, lower=SGD(0.1, momentum=0.9), steps=100, schedule=schedule
-        ).run.visited
+        ).run
+        assert run is not None
+        found = run.visited
         assert cost.bytes >= found.peak_states * found.state_bytes
         assert cost.gradients == found.steps + found.advances + 2
     assert bytes_held["StoreAll"] > bytes_held["Sqrt"] > bytes_held["Binomial"]

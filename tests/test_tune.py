@@ -74,7 +74,8 @@ def tune(
 
 
 def noise(inputs: Tensor, strength: Any, generator: torch.Generator) -> Tensor:
-    return inputs + strength * torch.randn(inputs.shape, generator=generator)
+    noisy: Tensor = inputs + strength * torch.randn(inputs.shape, generator=generator)
+    return noisy
 
 
 ALL: dict[str, Any] = {
