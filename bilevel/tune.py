@@ -162,6 +162,9 @@ def tune(
     _check(steps, train_steps, weight_decay)
     upper = Adam(0.05) if upper is None else upper
     check_upper(upper)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise InvalidProblem(f"optimizer must be one of bilevel's, such as SGD(0.1), or bilevel.from_torch(...), got "
+                             f"{type(optimizer).__name__}.")  # fmt: skip
     if not isinstance(model, nn.Module):
         raise InvalidProblem(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     like = next(iter(functional(model).parameters().values()))

@@ -77,7 +77,7 @@ def training(data: Any, like: Tensor, batch_size: int | None, *, indexed: bool) 
     source = Loader(loader)  # refuses what can be iterated only once
     count, largest, first = 0, -1, None
     for batch in _epoch(loader, "train"):
-        held = _checked(batch, like, "train", count)
+        held = _checked(batch[:2] if indexed else batch, like, "train", count)
         count += len(held.targets)
         first = held if first is None else first
         label = _largest(held.targets)
@@ -160,9 +160,8 @@ def _readable(part: Any, like: Tensor, what: str) -> Tensor:
 def _tensor(part: Any, like: Tensor) -> Tensor:
     if not isinstance(part, Tensor):
         array = np.asarray(part)
-        if array.dtype == object:  # frames with columns of several types
-            array = array.astype(np.float64)
-        part = torch.as_tensor(np.ascontiguousarray(array), device=like.device)
+        # A copy: frames hand out views that may not be written to. Their columns may have several types.
+        part = torch.as_tensor(np.array(array, np.float64 if array.dtype == object else None), device=like.device)
     made: Tensor = part
     if made.is_floating_point():
         return made.to(like.dtype)
