@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import InvalidProblem, Curve, PerExample, PerLayer, PerStep, PerUnit, Real, Space, Weights
+from bilevel import Curve, InvalidProblem, PerExample, PerLayer, PerStep, PerUnit, Real, Space, Weights
 from bilevel.space import check_space
 
 SPACES: dict[str, Space] = {

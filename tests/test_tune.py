@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import bilevel
 from bilevel import (
     SGD,
+    Curve,
     DataExhausted,
     InvalidProblem,
-    Curve,
     NonFinite,
     PerExample,
     PerInput,
