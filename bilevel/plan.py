@@ -34,6 +34,7 @@ from bilevel.solvers import (
     implicit,
 )
 from bilevel.solvers._base import Solver
+from bilevel.solvers.published import maml
 from bilevel.status import BilevelError, InvalidProblem
 
 Auto: TypeAlias = Literal["auto"]
@@ -217,6 +218,8 @@ Candidate: TypeAlias = tuple[str, Solver[Any], str]
 def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, steps: int) -> Iterator[Candidate]:
     """Yield what to take, and why, the best first; the first that accepts the problem is recommended."""
     if facts.only_through_training is not None:
+        if problem.blocks is not None and problem.lower_init is not None and lower is None:
+            yield "maml()", maml(), f"x is the start from which {problem.blocks} tasks are adapted to"
         if lower is not None or problem.lower_init is not None:
             yield _trained(lower, steps, "x acts through training alone, so training itself is differentiated")
     elif "constraint" in facts.parts or "equality" in facts.parts:
