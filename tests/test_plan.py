@@ -28,7 +28,7 @@ RECOMMENDED: dict[str, str | None] = {
     "svm": "SparseDescent()", "svm_primal": "KKT()", "box": "SparseDescent()", "ineq": "KKT()",
     "lasso1": "SparseDescent()", "llc": "KKT()", "mc": "BAMM()", "mci": "KKT()", "sc": "implicit(linear=Dense())",
     "shen": "implicit(linear=Dense())", "sin": "implicit(linear=Dense())", "wl": "SparseDescent()",
-    "glyphs": "maml(lower_steps=5)", "sine": "maml(lower_steps=5)",
+    "glyphs": "maml(lower_steps=3)", "sine": "maml(lower_steps=5)",
     "weight_decays":
         "HypergradientDescent(estimator=Implicit(linear=CG(damping=2), truncate=True), lower_steps=100)",
     # Made for training; without their lower optimizer only the problem's shape is seen.
