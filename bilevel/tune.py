@@ -21,7 +21,7 @@ from bilevel.solution import Solution
 from bilevel.solvers import HypergradientDescent, Metagradient
 from bilevel.solvers._base import Solver, check_upper
 from bilevel.status import InvalidProblem, Status
-from bilevel.tuning import Held, Loss, Statement, Training, held_out, state, training
+from bilevel.tuning import Held, Loss, Statement, Training, held_out, labels_of, state, training
 
 
 @dataclass(frozen=True)
@@ -209,13 +209,10 @@ def _check(steps: int, train_steps: int, weight_decay: float) -> None:
 
 def _loss(model: nn.Module, loss: Any, examples: Training, held: Held, *, indexed: bool) -> Loss:
     net = functional(model).eval()
-    labels = examples.largest_label
-    for part in (examples.first, held):
+    for part, labels in ((examples.first, examples.labels), (held, labels_of(held.targets))):
         few = Held(part.inputs[:8], part.targets[:8])
         with torch.no_grad():
             outputs = net(net.parameters(), few.inputs)
-        if part is held and labels is not None and not held.targets.is_floating_point():
-            labels = max(labels, int(held.targets.max()))
         found = Loss.of(loss, outputs, few.targets, labels)
         if indexed and found.function is not None and found.plain(outputs, few.targets).dim() == 0:
             raise InvalidProblem("data_weight needs the loss of each example: return [n] from loss, no mean.")

@@ -228,7 +228,7 @@ def test_the_training_loss_is_that_of_torch(generator: torch.Generator) -> None:
     outputs, targets = torch.randn(9, 4, generator=generator, dtype=torch.float64), torch.arange(9) % 4
     weights = torch.rand(4, generator=generator, dtype=torch.float64)
     smoothing = torch.tensor(0.2, dtype=torch.float64)
-    loss = Loss.of(None, outputs, targets, 3)
+    loss = Loss.of(None, outputs, targets, (0, 3))
     torch.testing.assert_close(
         loss.training(outputs, targets, smoothing, weights, None),
         F.cross_entropy(outputs, targets, weights, label_smoothing=0.2), rtol=1e-12, atol=0,
@@ -306,6 +306,28 @@ def test_data_sets_and_loaders_are_read_batch_by_batch() -> None:
     assert weighted.values["data_weight"].shape == (60,)
     batches = [(TRAIN[0][:30], TRAIN[1][:30]), (TRAIN[0][30:], TRAIN[1][30:])]
     assert tune(space, train=batches).status.ok
+
+
+def test_the_device_is_that_of_the_model(device: str) -> None:
+    model, pair = network().to(device), tuple(part.to(device) for part in TRAIN)
+    space = {"weight_decay": PerUnit(DECAY), "augment": Real(0.0, 1.0), "lr": Real(0.01, 0.2, log=True)}
+
+    def jitter(inputs: Tensor, strength: Any, generator: torch.Generator) -> Tensor:
+        moved: Tensor = inputs + strength * torch.randn(inputs.shape, generator=generator, device=inputs.device)
+        return moved
+
+    for train, batch_size in ((pair, 20), (tuple(part.numpy() for part in TRAIN), None), (Rows(TRAIN), 20)):
+        tuned = tune(
+            space,
+            model,
+            train,
+            Rows(VALIDATION),
+            test=DataLoader(Rows(TEST), 50),
+            augment=jitter,
+            batch_size=batch_size,
+        )
+        assert {parameter.device for parameter in tuned.model.parameters()} == {next(model.parameters()).device}
+        assert tuned.validation["loss"] <= tuned.initial
 
 
 # -- what comes back -------------------------------------------------------------------------------------------------
@@ -427,6 +449,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "batch size of a loader": (lambda: tune(OK, train=[TRAIN], batch_size=5), InvalidProblem, "is that of the loader"),
     "a batch size too large": (lambda: tune(OK, batch_size=61), InvalidProblem, "from 1 to the 60"),
     "labels beyond the outputs": (lambda: tune(OK, train=(TRAIN[0], TRAIN[1] + 1)), InvalidProblem, "run from"),
+    "labels below zero": (lambda: tune(OK, train=(TRAIN[0], TRAIN[1] - 1)), InvalidProblem, "run from -1 to 1"),
+    "labels of validation": (
+        lambda: tune(OK, validation=(TRAIN[0], 9 * TRAIN[1])), InvalidProblem, "run from 0 to 18"),
+    "data elsewhere": (
+        lambda: tune(OK, train=(TRAIN[0].to("meta"), TRAIN[1])), InvalidProblem, "train is on meta and cpu"),
     "labels of another shape": (
         lambda: tune(OK, train=(TRAIN[0], TRAIN[1][:, None])),
         InvalidProblem, "integer targets"),
