@@ -141,13 +141,14 @@ def tune(
     Raises:
         InvalidProblem: the data, the space or an option is wrong, or the space touches nothing in the model.
         DataExhausted: there are no examples.
-        NonFinite: the data hold NaN, or a step gave a value that is not finite.
+        NonFinite: the data hold NaN, or the losses are not finite at the start.
 
     Notes:
         The best values are those of the least validation loss seen, and the model that comes back is the one that had
         it. Hundreds of values fit a small validation set too well: look at the test loss. With `Metagradient` that
         model is what training with the values gives, from the module's parameters and on the same batches; the
-        implicit solvers go on training one model while the values move.
+        implicit solvers go on training one model while the values move. Where training explodes on the way (a rate that
+        is too high), the search goes back to the last good values and on with half the steps.
 
     Example:
         >>> import bilevel
@@ -180,7 +181,7 @@ def tune(
     reason, taken = _solver(statement, solver, upper, seed)
     solution = solve(
         statement.problem, taken, statement.x0, statement.net.parameters(), steps=steps, max_seconds=max_seconds,
-        callbacks=callbacks, progress=progress, seed=seed,
+        callbacks=callbacks, progress=progress, seed=seed, on_nonfinite="backtrack",
     )  # fmt: skip
     trained = _trained(statement, solution, examples)
     history = solution.history["upper_value"]

@@ -85,6 +85,7 @@ ALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_hyperparameter_moves_and_helps(name: str) -> None:
     options: dict[str, Any] = {"augment": noise} if name == "augment" else {}
@@ -164,6 +165,7 @@ def test_decays_reach_the_entries_they_belong_to(space: Any, size: int | None, n
         assert spread.tolist() == values.tolist()
 
 
+@pytest.mark.slow
 def test_a_linear_model_with_decay_is_solved_implicitly_and_certified() -> None:
     tuned = tune({"weight_decay": PerInput(DECAY)}, steps=40, test=TEST)
     assert isinstance(tuned.solver, bilevel.HypergradientDescent)
@@ -292,6 +294,7 @@ def test_data_in_memory_may_come_in_any_form(form: str) -> None:
     assert found.validation["loss"] == pytest.approx(plain.validation["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_data_sets_and_loaders_are_read_batch_by_batch() -> None:
     space = {"weight_decay": DECAY}
     loader = DataLoader(Rows(TRAIN), batch_size=20, shuffle=True)
@@ -308,6 +311,7 @@ def test_data_sets_and_loaders_are_read_batch_by_batch() -> None:
     assert tune(space, train=batches).status.ok
 
 
+@pytest.mark.slow
 def test_the_device_is_that_of_the_model(device: str) -> None:
     model, pair = network().to(device), tuple(part.to(device) for part in TRAIN)
     space = {"weight_decay": PerUnit(DECAY), "augment": Real(0.0, 1.0), "lr": Real(0.01, 0.2, log=True)}
@@ -357,6 +361,7 @@ def test_text_and_pictures() -> None:
     assert len(tuned.plot_values().lines) == 3
 
 
+@pytest.mark.slow
 def test_seeds_repeat_and_differ() -> None:
     space = {"weight_decay": DECAY, "augment": Real(0.0, 1.0)}
     runs = [tune(space, network(), augment=noise, batch_size=20, seed=seed) for seed in (0, 0, 1)]
@@ -364,6 +369,7 @@ def test_seeds_repeat_and_differ() -> None:
     assert runs[0].values != runs[2].values
 
 
+@pytest.mark.slow
 def test_batch_normalization_and_dropout() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
@@ -396,6 +402,25 @@ def test_a_solver_of_ones_choice_callbacks_and_time() -> None:
     adam = tune({"lr": Real(1e-3, 1e-1, log=True)}, network(), optimizer=bilevel.Adam(1e-2, eps_root=1e-8))
     assert isinstance(adam.solver.lower, bilevel.Adam)  # type: ignore[attr-defined]
     assert adam.validation["loss"] <= adam.initial
+
+
+def test_flat_training_losses_are_trained_not_solved() -> None:
+    tuned = tune({"label_smoothing": Real(0.0, 0.5)})  # softmax does not see a shift of all outputs
+    assert tuned.plan is not None
+    assert tuned.plan.facts.flat
+    assert isinstance(tuned.solver, bilevel.Metagradient)
+
+
+def test_training_that_explodes_is_left_behind() -> None:
+    inputs, targets = TRAIN[0], TRAIN[0][:, :1]
+    space = {"lr": Real(1e-3, 1e3, log=True, initial=1e-2)}
+    tuned = tune(
+        space, linear(6, 1), (inputs, targets), (VALIDATION[0], VALIDATION[0][:, :1]), steps=8, train_steps=60,
+        optimizer=SGD(1e-2), upper=bilevel.Sign(0.35),
+    )  # fmt: skip
+    assert tuned.validation["loss"] <= tuned.initial
+    assert tuned.values["lr"] < 1.0
+    assert all(parameter.isfinite().all() for parameter in tuned.model.parameters())
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
