@@ -1,9 +1,10 @@
 """Bilevel and hyperparameter optimization for PyTorch: one problem, every method, no silently wrong hypergradient."""
 
 from bilevel import problems
-from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.callbacks import CSVLogger, EarlyStopping, Event, KeepBest
+from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
-from bilevel.data import DataSource, Full, Loader, Shuffled
+from bilevel.data import DataSource, Episodes, Full, Loader, Shuffled, episodes
 from bilevel.hypergradients import (
     PES,
     ActiveSet,
@@ -15,6 +16,7 @@ from bilevel.hypergradients import (
     Implicit,
     ImplicitKKT,
     Metasmoothness,
+    OneStep,
     PoolGradient,
     TrainingRun,
     Unrolled,
@@ -43,7 +45,8 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
-from bilevel.modules import FunctionalModule, functional
+from bilevel.lower_level import LowerSolution, solve_lower
+from bilevel.modules import FunctionalModule, functional, weight_norm
 from bilevel.optimizers import (
     LBFGS,
     SGD,
@@ -52,6 +55,7 @@ from bilevel.optimizers import (
     CoordinateDescent,
     Cosine,
     CountSteps,
+    Knots,
     L1Normalized,
     OnlineRate,
     Optimizer,
@@ -106,9 +110,9 @@ from bilevel.solvers import (
     unrolled,
 )
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.solvers.published import maml, reptile
+from bilevel.solvers.published import darts, maml, reptile
 from bilevel.space import (
-    Knots,
+    Curve,
     PerExample,
     PerInput,
     PerLayer,
@@ -132,6 +136,7 @@ from bilevel.status import (
     InfeasibleStart,
     InvalidProblem,
     LinearSolveFailed,
+    MissingPackage,
     MultiplierAtBound,
     MultipliersUnbounded,
     NonDeterministic,
@@ -152,20 +157,22 @@ __all__ = [
     "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
     "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
     "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Conditions",
-    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged",
-    "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
-    "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
-    "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
-    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "Knots", "L1Ball", "L1Normalized",
-    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness",
-    "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
-    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OnlineRate", "Operator", "Optimizer", "Oracles",
-    "OutOfMemory", "PerExample", "PerInput", "PerLayer", "PerParameter", "PerStep", "PerUnit", "Plan", "PoolGradient",
-    "Power", "PrecisionWarning", "Problem", "Product", "ProxF2SA", "ProximalGradient", "Real", "Regularizer",
-    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderUnsupported", "Session", "Set", "Shuffled",
-    "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "Space", "SparseDescent", "SparseGroupL1", "Sqrt", "Status",
-    "StepDecay", "Store", "StoreAll", "TrainingRun", "Tuned", "Unrolled", "UnusedHyperparameter", "Visited", "Weights",
-    "ZerothOrder", "amigo", "compare", "conditions", "from_torch", "functional", "hypergradient", "imaml", "implicit",
+    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "Curve", "DataExhausted", "DataSource", "Dense", "Disk",
+    "Diverged", "EarlyStopping", "ElasticNet", "Episodes", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
+    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
+    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "KeepBest", "Knots",
+    "L1Ball", "L1Normalized", "LayerCheck", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader",
+    "LowerSolution", "Memory", "Metagradient", "Metasmoothness", "Metrics", "MissingPackage", "MultiplierAtBound",
+    "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth",
+    "Nystrom", "NystromPreconditioner", "OneStep", "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory",
+    "PerExample", "PerInput", "PerLayer", "PerParameter", "PerStep", "PerUnit", "Plan", "PoolGradient", "Power",
+    "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient", "Real", "Regularizer",
+    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderReport", "SecondOrderUnsupported",
+    "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "Space", "SparseDescent",
+    "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Tuned", "Unrolled",
+    "UnusedHyperparameter", "Verdict", "Visited", "Weights", "ZerothOrder", "amigo", "check", "check_second_order",
+    "compare", "conditions", "darts", "episodes", "from_torch", "functional", "hypergradient", "imaml", "implicit",
     "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "plan", "problems", "reptile",
-    "solve", "tune", "unrolled",
+    "solve", "solve_lower", "tune", "unrolled", "weight_norm",
 ]  # fmt: skip

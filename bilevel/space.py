@@ -64,9 +64,9 @@ class Real(Space):
 
     Example:
         >>> decay = Real(1e-6, 1e-2, log=True)
-        >>> decay.value(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist()
-        [1e-06, 0.0001, 0.01]
-        >>> float(decay.coordinate(torch.tensor(1e-4, dtype=torch.float64)))
+        >>> [f"{float(value):.6g}" for value in decay.value(torch.tensor([0.0, 0.5, 1.0]))]
+        ['1e-06', '0.0001', '0.01']
+        >>> round(float(decay.coordinate(torch.tensor(1e-4))), 6)
         0.5
     """
 
@@ -192,7 +192,7 @@ class PerStep(Repeated):
 
 @final
 @dataclass(frozen=True)
-class Knots(Repeated):
+class Curve(Repeated):
     """A schedule: `count` values at equal distances over training, with straight lines (in coordinates) between.
 
     Args:
@@ -208,7 +208,7 @@ class Knots(Repeated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 2:
-            raise InvalidProblem(f"Knots(count=...) must be an int of at least 2, got {self.count!r}.")
+            raise InvalidProblem(f"Curve(count=...) must be an int of at least 2, got {self.count!r}.")
 
     def at(self, coordinate: Tensor, step: int, steps: int) -> Tensor:
         """Return the value at a training step of `steps`, 0-dim, from the coordinates `[count]` of the knots."""

@@ -117,7 +117,7 @@ def tune(
             - `"class_weight"`: `Weights()`, of the classes in the training loss;
             - `"data_weight"`: `PerExample(Real(0, 1))`, of the training examples;
             - `"augment"`: Real, the strength that `augment` gets, or a dict of Reals, which it gets as a dict;
-            - `"lr"`, `"momentum"`: Real, or a schedule: `Knots(Real(...), 5)`, `PerStep(Real(...))`.
+            - `"lr"`, `"momentum"`: Real, or a schedule: `Curve(Real(...), 5)`, `PerStep(Real(...))`.
         loss: `(outputs, targets) -> [n]`, the loss of each example, or its mean `[]`. None: cross-entropy for integer
             targets, squared error for others.
         test: examples that choose nothing, to judge the answer.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel
-from bilevel import Knots, PerUnit, Real, Weights
+from bilevel import Curve, PerUnit, Real, Weights
 from bilevel.report import table
 
 # Digits of MNIST. Some classes are rare in the training data: 200 zeros, then fewer and fewer, down to 20 nines;
@@ -19,7 +19,7 @@ from bilevel.report import table
 COUNTS = [round(200 * 0.1 ** (digit / 9)) for digit in range(10)]
 STEPS, BATCH, HIDDEN = 300, 100, 64
 DECAY, RATE = Real(1e-6, 1e-1, log=True, initial=1e-3), Real(0.01, 0.1, log=True, initial=0.05)
-SMOOTHING, WEIGHTS, KNOTS = Real(0.0, 0.3, initial=0.05), Weights(ratio=30.0), Knots(RATE, 10)
+SMOOTHING, WEIGHTS, KNOTS = Real(0.0, 0.3, initial=0.05), Weights(ratio=30.0), Curve(RATE, 10)
 STRENGTHS = {
     "rotate": Real(0.0, 0.6, initial=0.05),
     "scale": Real(0.0, 0.4, initial=0.05),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "bilevel"
 
 # Ground first. A module may import from floors below its own, and from its own floor where that makes no cycle.
 FLOORS = [
-    {"status"},
+    {"status", "extras"},
     {"layout", "packing"},
     {"linear", "optimizers", "replay"},
     {"sets", "regularizers", "data", "modules", "space"},
@@ -29,6 +29,7 @@ FLOORS = [
         "multipliers",
         "feasibility",
         "lower_conditions",
+        "lower_level",
         "second_order",
         "captured",
         "dry_run",
@@ -41,7 +42,7 @@ FLOORS = [
     {"loop", "session", "plots"},
     {"tuning", "tune"},
     {"problems"},
-    {"compare", "demo", "integrations"},
+    {"check", "compare", "demo", "integrations", "names"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import InvalidProblem, Knots, PerExample, PerLayer, PerStep, PerUnit, Real, Space, Weights
+from bilevel import Curve, InvalidProblem, PerExample, PerLayer, PerStep, PerUnit, Real, Space, Weights
 from bilevel.space import check_space
 
 SPACES: dict[str, Space] = {
@@ -17,7 +17,7 @@ SPACES: dict[str, Space] = {
     "log": Real(1e-6, 1e2, log=True),
     "narrow": Real(0.3, 0.3000001),
     "per layer": PerLayer(Real(1e-3, 1.0, log=True)),
-    "knots": Knots(Real(0.0, 1.0), 4),
+    "knots": Curve(Real(0.0, 1.0), 4),
     "weights": Weights(ratio=50.0),
 }
 
@@ -93,7 +93,7 @@ def test_weights_have_mean_one_and_a_bounded_ratio(generator: torch.Generator) -
 
 
 def test_knots_are_joined_by_lines() -> None:
-    space = Knots(Real(0.0, 10.0), 3)
+    space = Curve(Real(0.0, 10.0), 3)
     coordinate = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
     found = [float(space.at(coordinate, step, 5)) for step in (0, 1, 2, 3, 4, 9)]
     assert found == pytest.approx([0.0, 5.0, 10.0, 7.5, 5.0, 5.0])
@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "log from zero": (lambda: Real(0.0, 1.0, log=True), "starts above 0"),
     "start outside": (lambda: Real(0.0, 1.0, initial=2.0), "lies outside"),
     "ratio": (lambda: Weights(ratio=1.0), "must be a finite number > 1"),
-    "few knots": (lambda: Knots(Real(0.0, 1.0), 1), "at least 2"),
+    "few knots": (lambda: Curve(Real(0.0, 1.0), 1), "at least 2"),
     "no range": (lambda: PerStep(0.1), "repeats a Real"),  # type: ignore[arg-type]
     "nested": (lambda: PerLayer(PerUnit(Real(0.0, 1.0))), "repeats a Real"),  # type: ignore[arg-type]
     "value outside": (lambda: Real(0.0, 1.0).coordinate(torch.tensor(1.5)), "must lie in [0.0, 1.0]"),

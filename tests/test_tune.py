@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import bilevel
 from bilevel import (
     SGD,
+    Curve,
     DataExhausted,
     InvalidProblem,
-    Knots,
     NonFinite,
     PerExample,
     PerInput,
@@ -103,7 +103,7 @@ def test_each_hyperparameter_moves_and_helps(name: str) -> None:
 def test_everything_at_once_through_the_training_of_a_network() -> None:
     model = network()
     space = ALL | {
-        "weight_decay": PerUnit(DECAY), "lr": Knots(Real(0.01, 0.3, log=True), 3), "momentum": PerStep(Real(0.0, 0.9)),
+        "weight_decay": PerUnit(DECAY), "lr": Curve(Real(0.01, 0.3, log=True), 3), "momentum": PerStep(Real(0.0, 0.9)),
         "augment": {"first": Real(0.0, 1.0), "second": Real(0.0, 0.5)},
     }  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_the_hypergradient_is_that_of_finite_differences() -> None:
     model = network().double()
     like = next(model.parameters())
     examples = training(TRAIN, like, 20, indexed=True)
-    space = ALL | {"lr": Knots(Real(0.01, 0.3, log=True), 3), "weight_decay": PerLayer(DECAY)}
+    space = ALL | {"lr": Curve(Real(0.01, 0.3, log=True), 3), "weight_decay": PerLayer(DECAY)}
     stated = state(
         model, examples, held_out(VALIDATION, like, "validation"), space, Loss(None, 3), augment=noise,
         optimizer=SGD(0.1, momentum=0.9), train_steps=6, weight_decay=0.0,

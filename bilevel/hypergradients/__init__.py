@@ -10,6 +10,7 @@ from bilevel.hypergradients.implicit_function import implicit_function
 from bilevel.hypergradients.kkt import ImplicitKKT, KKTPoint
 from bilevel.hypergradients.metagradient import metagradient
 from bilevel.hypergradients.metasmoothness import Metasmoothness, metasmoothness
+from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.selection import PoolGradient
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.zeroth_order import PES, ZerothOrder
@@ -27,6 +28,7 @@ __all__ = [
     "ImplicitKKT",
     "KKTPoint",
     "Metasmoothness",
+    "OneStep",
     "PoolGradient",
     "TrainingRun",
     "Unrolled",

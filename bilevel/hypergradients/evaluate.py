@@ -51,7 +51,7 @@ def hypergradient(
         >>> float(h.gradient)  # a (a x - t) with a = 2, t = 3
         -2.0
     """
-    chosen = _fitting(problem) if estimator is None else estimator
+    chosen = fitting(problem) if estimator is None else estimator
     oracles, flat_x, flat_y = open_oracles(problem, x, y, seed=seed, trains=chosen.replays)
     state = chosen.init(oracles, flat_x, flat_y)
     estimate, _ = chosen.estimate(oracles, flat_x, flat_y, state, upper_step=step, lower_step=step, certify=certify)
@@ -65,7 +65,8 @@ def hypergradient(
     return Hypergradient(oracles.x_layout.unflatten(estimate.gradient), estimate.certificate)
 
 
-def _fitting(problem: Problem) -> Estimator:
+def fitting(problem: Problem) -> Estimator:
+    """Return the estimator for what the lower level of a problem is made of."""
     if not isinstance(problem, Problem):  # which the door will say
         return Implicit()
     if problem.constraint is not None or problem.equality is not None:

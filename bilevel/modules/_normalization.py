@@ -28,7 +28,7 @@ def make_exact(module: nn.Module) -> None:
         if isinstance(part, ParametrizationList):
             for index, step in enumerate(part):
                 if isinstance(step, _WeightNorm):
-                    part[index] = _PlainWeightNorm(step.dim)
+                    part[index] = PlainWeightNorm(step.dim)
                 elif isinstance(step, _SpectralNorm):
                     part[index] = _ExactSpectralNorm(step)
 
@@ -75,7 +75,7 @@ def _as_matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 @final
-class _PlainWeightNorm(nn.Module):
+class PlainWeightNorm(nn.Module):
     """`weight = g v / ‖v‖`."""
 
     def __init__(self, dim: int) -> None:
@@ -83,7 +83,12 @@ class _PlainWeightNorm(nn.Module):
         self.dim = dim
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
+        """Return the weight."""
         return _plain_weight_norm(g, v, self.dim)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return g and v of a weight."""
+        return torch.norm_except_dim(weight, 2, self.dim), weight
 
 
 @final

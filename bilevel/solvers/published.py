@@ -6,11 +6,13 @@ from typing import Any
 
 from bilevel.hypergradients.first_order import FirstOrder
 from bilevel.hypergradients.implicit import Implicit
+from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.linear import CG, LinearSolver, Neumann, Nystrom
-from bilevel.optimizers import SGD, Optimizer
+from bilevel.optimizers import SGD, Adam, Optimizer
 from bilevel.replay import Schedule, Sqrt
 from bilevel.solvers.hypergradient_descent import HypergradientDescent
+from bilevel.status import InvalidProblem
 
 
 def implicit(linear: LinearSolver | None = None, **options: Any) -> HypergradientDescent:
@@ -198,3 +200,47 @@ def reptile(lr: float = 0.1, lower_steps: int = 5, **options: Any) -> Hypergradi
     options.setdefault("upper", SGD(0.5))
     estimator = FirstOrder(lower=SGD(lr), steps=lower_steps, fresh=True, reptile=True)
     return HypergradientDescent(estimator=estimator, lower_steps=0, **options)
+
+
+def darts(
+    lr: Any = 0.025, momentum: float = 0.9, *, order: int = 2, differences: bool = False, **options: Any
+) -> HypergradientDescent:
+    """Differentiable architecture search: one lower step, then one upper step that looks one lower step ahead.
+
+        order 2:  h = d/dx f(x, y - lr dg/dy(x, y));   order 1:  h = df/dx(x, y)
+
+    The virtual step is without momentum and on the batch that the next lower step will see. As y is never near y*(x),
+    x does not converge to a solution of the bilevel problem: where the lower curvature is mu, one step sees only the
+    fraction lr mu of the response of y to x, and order 1 none of it. On a quadratic it stops elsewhere. It is a cheap
+    heuristic for large networks; `unrolled()` and `implicit()` are what to compare it with.
+
+    Args:
+        lr: of the lower steps and of the virtual one: a number, or a schedule such as `Cosine`.
+        momentum: of the lower steps.
+        order: 2, or 1 for the direct part alone.
+        differences: the second-order part by central differences of gradients, as in the paper; if not, it is exact.
+        options: of `HypergradientDescent`: upper (Adam with the paper's 3e-4, betas (0.5, 0.999), decay 1e-3 by
+            default; few steps want a larger lr), lower_steps (1), clip_norm.
+
+    Raises:
+        InvalidProblem: order is neither 1 nor 2.
+
+    References:
+        Liu, Simonyan, Yang, "DARTS: differentiable architecture search", ICLR 2019 (Algorithm 1; equation 8 for
+        `differences`).
+
+    Example:
+        >>> import bilevel, torch
+        >>> problem = bilevel.Problem(
+        ...     upper=lambda x, y, batch: (y - 1.0).square() / 2, lower=lambda x, y, batch: (y - x).square() / 2)
+        >>> solver = darts(0.5, momentum=0.0, upper=bilevel.SGD(0.5))
+        >>> solution = bilevel.solve(problem, solver, torch.tensor(0.0), torch.tensor(0.0), steps=100)
+        >>> round(float(solution.x), 2)
+        1.0
+    """
+    if order not in (1, 2):
+        raise InvalidProblem(f"darts(order=...) must be 1 or 2, got {order}.")
+    options.setdefault("upper", Adam(3e-4, betas=(0.5, 0.999), weight_decay=1e-3))
+    options.setdefault("lower_steps", 1)
+    estimator = OneStep(lr if order == 2 else 0.0, differences=differences)
+    return HypergradientDescent(lower=SGD(lr, momentum), estimator=estimator, **options)

@@ -17,7 +17,7 @@ from bilevel.problem import Problem
 from bilevel.regularizers import L2
 from bilevel.sets import Box
 from bilevel.space import (
-    Knots,
+    Curve,
     PerExample,
     PerInput,
     PerLayer,
@@ -43,8 +43,8 @@ ALLOWED: dict[str, tuple[type[Space], ...]] = {
     "class_weight": (Weights,),
     "data_weight": (PerExample,),
     "augment": (Real,),
-    "lr": (Real, PerStep, Knots),
-    "momentum": (Real, PerStep, Knots),
+    "lr": (Real, PerStep, Curve),
+    "momentum": (Real, PerStep, Curve),
 }
 RANGES = {"weight_decay": 1e308, "label_smoothing": 1.0, "data_weight": 1e308, "lr": 1e308, "momentum": 1.0}
 """Largest values that make sense; the least is 0."""
@@ -174,7 +174,7 @@ def _functions(model: nn.Module) -> tuple[FunctionalModule, FunctionalModule]:
 def _size(space: Space, size: tuple[int, ...], steps: int) -> tuple[int, ...]:
     if isinstance(space, PerStep):
         return (steps,)
-    return (space.count,) if isinstance(space, Knots) else size
+    return (space.count,) if isinstance(space, Curve) else size
 
 
 def _lower(
@@ -227,7 +227,7 @@ def _optimizer(optimizer: Optimizer[Any], spaces: Mapping[str, Space], steps: in
 def _scheduled(space: Space, name: str, steps: int) -> Callable[[Any, int], Tensor]:
     def at(x: Mapping[str, Tensor], step: int) -> Tensor:
         coordinate = x[name]
-        if isinstance(space, Knots):
+        if isinstance(space, Curve):
             return space.at(coordinate, step, steps)
         return space.value(coordinate[min(step, steps - 1)] if isinstance(space, PerStep) else coordinate)
 
