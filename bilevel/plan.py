@@ -238,6 +238,8 @@ def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, st
         why = (
             f"the lower objective is flat in places (curvature from {low:.2g} to {high:.2g}): its solutions may be many"
         )
+        if lower is not None:
+            yield _trained(lower, steps, f"{why}, and training says which")
         yield "BAMM()", BAMM(), why
         yield "MEHA()", MEHA(), why
     else:

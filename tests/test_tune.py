@@ -85,6 +85,7 @@ ALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_hyperparameter_moves_and_helps(name: str) -> None:
     options: dict[str, Any] = {"augment": noise} if name == "augment" else {}
@@ -164,6 +165,7 @@ def test_decays_reach_the_entries_they_belong_to(space: Any, size: int | None, n
         assert spread.tolist() == values.tolist()
 
 
+@pytest.mark.slow
 def test_a_linear_model_with_decay_is_solved_implicitly_and_certified() -> None:
     tuned = tune({"weight_decay": PerInput(DECAY)}, steps=40, test=TEST)
     assert isinstance(tuned.solver, bilevel.HypergradientDescent)
@@ -228,7 +230,7 @@ def test_the_training_loss_is_that_of_torch(generator: torch.Generator) -> None:
     outputs, targets = torch.randn(9, 4, generator=generator, dtype=torch.float64), torch.arange(9) % 4
     weights = torch.rand(4, generator=generator, dtype=torch.float64)
     smoothing = torch.tensor(0.2, dtype=torch.float64)
-    loss = Loss.of(None, outputs, targets, 3)
+    loss = Loss.of(None, outputs, targets, (0, 3))
     torch.testing.assert_close(
         loss.training(outputs, targets, smoothing, weights, None),
         F.cross_entropy(outputs, targets, weights, label_smoothing=0.2), rtol=1e-12, atol=0,
@@ -292,6 +294,7 @@ def test_data_in_memory_may_come_in_any_form(form: str) -> None:
     assert found.validation["loss"] == pytest.approx(plain.validation["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_data_sets_and_loaders_are_read_batch_by_batch() -> None:
     space = {"weight_decay": DECAY}
     loader = DataLoader(Rows(TRAIN), batch_size=20, shuffle=True)
@@ -306,6 +309,29 @@ def test_data_sets_and_loaders_are_read_batch_by_batch() -> None:
     assert weighted.values["data_weight"].shape == (60,)
     batches = [(TRAIN[0][:30], TRAIN[1][:30]), (TRAIN[0][30:], TRAIN[1][30:])]
     assert tune(space, train=batches).status.ok
+
+
+@pytest.mark.slow
+def test_the_device_is_that_of_the_model(device: str) -> None:
+    model, pair = network().to(device), tuple(part.to(device) for part in TRAIN)
+    space = {"weight_decay": PerUnit(DECAY), "augment": Real(0.0, 1.0), "lr": Real(0.01, 0.2, log=True)}
+
+    def jitter(inputs: Tensor, strength: Any, generator: torch.Generator) -> Tensor:
+        moved: Tensor = inputs + strength * torch.randn(inputs.shape, generator=generator, device=inputs.device)
+        return moved
+
+    for train, batch_size in ((pair, 20), (tuple(part.numpy() for part in TRAIN), None), (Rows(TRAIN), 20)):
+        tuned = tune(
+            space,
+            model,
+            train,
+            Rows(VALIDATION),
+            test=DataLoader(Rows(TEST), 50),
+            augment=jitter,
+            batch_size=batch_size,
+        )
+        assert {parameter.device for parameter in tuned.model.parameters()} == {next(model.parameters()).device}
+        assert tuned.validation["loss"] <= tuned.initial
 
 
 # -- what comes back -------------------------------------------------------------------------------------------------
@@ -335,6 +361,7 @@ def test_text_and_pictures() -> None:
     assert len(tuned.plot_values().lines) == 3
 
 
+@pytest.mark.slow
 def test_seeds_repeat_and_differ() -> None:
     space = {"weight_decay": DECAY, "augment": Real(0.0, 1.0)}
     runs = [tune(space, network(), augment=noise, batch_size=20, seed=seed) for seed in (0, 0, 1)]
@@ -342,6 +369,7 @@ def test_seeds_repeat_and_differ() -> None:
     assert runs[0].values != runs[2].values
 
 
+@pytest.mark.slow
 def test_batch_normalization_and_dropout() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
@@ -374,6 +402,25 @@ def test_a_solver_of_ones_choice_callbacks_and_time() -> None:
     adam = tune({"lr": Real(1e-3, 1e-1, log=True)}, network(), optimizer=bilevel.Adam(1e-2, eps_root=1e-8))
     assert isinstance(adam.solver.lower, bilevel.Adam)  # type: ignore[attr-defined]
     assert adam.validation["loss"] <= adam.initial
+
+
+def test_flat_training_losses_are_trained_not_solved() -> None:
+    tuned = tune({"label_smoothing": Real(0.0, 0.5)})  # softmax does not see a shift of all outputs
+    assert tuned.plan is not None
+    assert tuned.plan.facts.flat
+    assert isinstance(tuned.solver, bilevel.Metagradient)
+
+
+def test_training_that_explodes_is_left_behind() -> None:
+    inputs, targets = TRAIN[0], TRAIN[0][:, :1]
+    space = {"lr": Real(1e-3, 1e3, log=True, initial=1e-2)}
+    tuned = tune(
+        space, linear(6, 1), (inputs, targets), (VALIDATION[0], VALIDATION[0][:, :1]), steps=8, train_steps=60,
+        optimizer=SGD(1e-2), upper=bilevel.Sign(0.35),
+    )  # fmt: skip
+    assert tuned.validation["loss"] <= tuned.initial
+    assert tuned.values["lr"] < 1.0
+    assert all(parameter.isfinite().all() for parameter in tuned.model.parameters())
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
@@ -427,6 +474,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "batch size of a loader": (lambda: tune(OK, train=[TRAIN], batch_size=5), InvalidProblem, "is that of the loader"),
     "a batch size too large": (lambda: tune(OK, batch_size=61), InvalidProblem, "from 1 to the 60"),
     "labels beyond the outputs": (lambda: tune(OK, train=(TRAIN[0], TRAIN[1] + 1)), InvalidProblem, "run from"),
+    "labels below zero": (lambda: tune(OK, train=(TRAIN[0], TRAIN[1] - 1)), InvalidProblem, "run from -1 to 1"),
+    "labels of validation": (
+        lambda: tune(OK, validation=(TRAIN[0], 9 * TRAIN[1])), InvalidProblem, "run from 0 to 18"),
+    "data elsewhere": (
+        lambda: tune(OK, train=(TRAIN[0].to("meta"), TRAIN[1])), InvalidProblem, "train is on meta and cpu"),
     "labels of another shape": (
         lambda: tune(OK, train=(TRAIN[0], TRAIN[1][:, None])),
         InvalidProblem, "integer targets"),
