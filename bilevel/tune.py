@@ -21,7 +21,7 @@ from bilevel.solution import Solution
 from bilevel.solvers import HypergradientDescent, Metagradient
 from bilevel.solvers._base import Solver, check_upper
 from bilevel.status import InvalidProblem, Status
-from bilevel.tuning import Held, Loss, Statement, Training, held_out, state, training
+from bilevel.tuning import Held, Loss, Statement, Training, held_out, labels_of, state, training
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,14 @@ def tune(
     Raises:
         InvalidProblem: the data, the space or an option is wrong, or the space touches nothing in the model.
         DataExhausted: there are no examples.
-        NonFinite: the data hold NaN, or a step gave a value that is not finite.
+        NonFinite: the data hold NaN, or the losses are not finite at the start.
 
     Notes:
         The best values are those of the least validation loss seen, and the model that comes back is the one that had
         it. Hundreds of values fit a small validation set too well: look at the test loss. With `Metagradient` that
         model is what training with the values gives, from the module's parameters and on the same batches; the
-        implicit solvers go on training one model while the values move.
+        implicit solvers go on training one model while the values move. Where training explodes on the way (a rate that
+        is too high), the search goes back to the last good values and on with half the steps.
 
     Example:
         >>> import bilevel
@@ -162,6 +163,9 @@ def tune(
     _check(steps, train_steps, weight_decay)
     upper = Adam(0.05) if upper is None else upper
     check_upper(upper)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise InvalidProblem(f"optimizer must be one of bilevel's, such as SGD(0.1), or bilevel.from_torch(...), got "
+                             f"{type(optimizer).__name__}.")  # fmt: skip
     if not isinstance(model, nn.Module):
         raise InvalidProblem(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     like = next(iter(functional(model).parameters().values()))
@@ -177,7 +181,7 @@ def tune(
     reason, taken = _solver(statement, solver, upper, seed)
     solution = solve(
         statement.problem, taken, statement.x0, statement.net.parameters(), steps=steps, max_seconds=max_seconds,
-        callbacks=callbacks, progress=progress, seed=seed,
+        callbacks=callbacks, progress=progress, seed=seed, on_nonfinite="backtrack",
     )  # fmt: skip
     trained = _trained(statement, solution, examples)
     history = solution.history["upper_value"]
@@ -206,13 +210,10 @@ def _check(steps: int, train_steps: int, weight_decay: float) -> None:
 
 def _loss(model: nn.Module, loss: Any, examples: Training, held: Held, *, indexed: bool) -> Loss:
     net = functional(model).eval()
-    labels = examples.largest_label
-    for part in (examples.first, held):
+    for part, labels in ((examples.first, examples.labels), (held, labels_of(held.targets))):
         few = Held(part.inputs[:8], part.targets[:8])
         with torch.no_grad():
             outputs = net(net.parameters(), few.inputs)
-        if part is held and labels is not None and not held.targets.is_floating_point():
-            labels = max(labels, int(held.targets.max()))
         found = Loss.of(loss, outputs, few.targets, labels)
         if indexed and found.function is not None and found.plain(outputs, few.targets).dim() == 0:
             raise InvalidProblem("data_weight needs the loss of each example: return [n] from loss, no mean.")

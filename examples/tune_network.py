@@ -17,7 +17,7 @@ from bilevel.report import table
 # Digits of MNIST. Some classes are rare in the training data: 200 zeros, then fewer and fewer, down to 20 nines;
 # validation (1000) and test (2000, the same for every seed) are balanced. Validation chooses, test judges.
 COUNTS = [round(200 * 0.1 ** (digit / 9)) for digit in range(10)]
-TRAIN_STEPS, BATCH, HIDDEN = 300, 100, 64
+STEPS, BATCH, HIDDEN = 300, 100, 64
 DECAY, RATE = Real(1e-6, 1e-1, log=True, initial=1e-3), Real(0.01, 0.1, log=True, initial=0.05)
 SMOOTHING, WEIGHTS, KNOTS = Real(0.0, 0.3, initial=0.05), Weights(ratio=30.0), Curve(RATE, 10)
 STRENGTHS = {
@@ -84,11 +84,11 @@ def judged(model: nn.Module, part: Part) -> tuple[float, float]:
         return float(F.cross_entropy(outputs, part.labels)), float((outputs.argmax(1) != part.labels).float().mean())
 
 
-def by_hypergradients(seed: int, train: Part, validation: Part, seconds: float) -> bilevel.Tuned:
+def by_hypergradients(seed: int, train: Part, validation: Part, steps: int, seconds: float) -> bilevel.Tuned:
     """Tune all 100 values by hypergradients until the CPU time is spent."""
     start = time.process_time()
     return bilevel.tune(
-        network(seed), train, validation, SPACE, augment=augment, batch_size=BATCH, train_steps=TRAIN_STEPS,
+        network(seed), train, validation, SPACE, augment=augment, batch_size=BATCH, train_steps=steps,
         optimizer=bilevel.SGD(0.05, momentum=0.9), steps=1000, seed=seed,
         callbacks=[lambda event: time.process_time() - start > seconds],
     )  # fmt: skip
@@ -99,7 +99,7 @@ def trained(seed: int, train: Part, values: dict[str, Any]) -> nn.Module:
     model, generator = network(seed), torch.Generator().manual_seed(seed)
     batches = bilevel.Shuffled(tuple(train), batch_size=BATCH)
     buffers: dict[str, Tensor] = {}
-    for step in range(TRAIN_STEPS):
+    for step, rate in enumerate(values["lr"]):
         images, labels = batches.batch(step, seed)
         outputs = model(augment(images, values["augment"], generator))
         loss = F.cross_entropy(outputs, labels, values["class_weight"], label_smoothing=values["label_smoothing"])
@@ -108,20 +108,22 @@ def trained(seed: int, train: Part, values: dict[str, Any]) -> nn.Module:
             for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
                 direction = gradient + values["weight_decay"][name] * parameter
                 buffers[name] = direction + 0.9 * buffers[name] if name in buffers else direction
-                parameter.sub_(buffers[name], alpha=values["lr"][step])
+                parameter.sub_(buffers[name], alpha=rate)
     return model
 
 
-def by_hand(seed: int, train: Part) -> nn.Module:
+def by_hand(seed: int, train: Part, steps: int) -> nn.Module:
     """Train with values as one would set them: light augmentation, little smoothing, a usual decay and rate."""
     return trained(seed, train, {
         "weight_decay": dict.fromkeys(dict(network(0).named_parameters()), 1e-3), "class_weight": torch.ones(10),
-        "lr": [0.05] * TRAIN_STEPS, "label_smoothing": 0.05,
+        "lr": [0.05] * steps, "label_smoothing": 0.05,
         "augment": {name: space.initial for name, space in STRENGTHS.items()},
     })  # fmt: skip
 
 
-def by_tpe(seed: int, train: Part, validation: Part, seconds: float, *, shared: bool) -> tuple[nn.Module, optuna.Study]:
+def by_tpe(
+    seed: int, train: Part, validation: Part, steps: int, seconds: float, *, shared: bool
+) -> tuple[nn.Module, optuna.Study]:
     """Let TPE choose the same 100 values, or nine: one decay, one rate, class weights by a power of their counts."""
     best: list[Any] = [float("inf"), None]
 
@@ -131,7 +133,7 @@ def by_tpe(seed: int, train: Part, validation: Part, seconds: float, *, shared: 
 
         if shared:
             decays: dict[str, Any] = dict.fromkeys(dict(network(0).named_parameters()), real("decay", DECAY))
-            rates = [real("lr", RATE)] * TRAIN_STEPS
+            rates = [real("lr", RATE)] * steps
             weights = torch.tensor(COUNTS, dtype=torch.float32) ** -trial.suggest_float("balance", 0.0, 1.5)
         else:
             first, last = (
@@ -140,7 +142,7 @@ def by_tpe(seed: int, train: Part, validation: Part, seconds: float, *, shared: 
             )
             decays = {"0.weight": first[:, None], "0.bias": first, "2.weight": last[:, None], "2.bias": last}
             knots = RATE.coordinate(torch.tensor([real(f"lr{i}", RATE) for i in range(KNOTS.count)]))
-            rates = [float(KNOTS.at(knots, step, TRAIN_STEPS)) for step in range(TRAIN_STEPS)]
+            rates = [float(KNOTS.at(knots, step, steps)) for step in range(steps)]
             weights = WEIGHTS.value(torch.tensor([trial.suggest_float(f"class{i}", 0.0, 1.0) for i in range(10)]))
         model = trained(seed, train, {
             "weight_decay": decays, "class_weight": weights, "lr": rates,
@@ -164,7 +166,7 @@ def by_tpe(seed: int, train: Part, validation: Part, seconds: float, *, shared: 
     return best[1], study
 
 
-def run(seed: int, seconds: float) -> list[dict[str, Any]]:
+def run(seed: int, seconds: float, steps: int = STEPS) -> list[dict[str, Any]]:
     """Choose in four ways on one split, each search with the CPU time that the hypergradients took."""
     train, validation, test = split(seed)
     rows: list[dict[str, Any]] = []
@@ -176,24 +178,24 @@ def run(seed: int, seconds: float) -> list[dict[str, Any]]:
                      "test_error": test_error})  # fmt: skip
 
     start = time.process_time()
-    add("hand", 0, 1, start, by_hand(seed, train))
+    add("hand", 0, 1, start, by_hand(seed, train, steps))
     start = time.process_time()
-    tuned = by_hypergradients(seed, train, validation, seconds)
+    tuned = by_hypergradients(seed, train, validation, steps, seconds)
     add("hypergradients", 100, len(tuned.solution.history), start, tuned.model)
     print(tuned, "\n")
     spent = rows[-1]["cpu_seconds"]
     for way, count, shared in (("TPE, nine values", 9, True), ("TPE, all values", 100, False)):
         start = time.process_time()
-        model, study = by_tpe(seed, train, validation, spent, shared=shared)
+        model, study = by_tpe(seed, train, validation, steps, spent, shared=shared)
         add(way, count, len(study.trials), start, model)
     return rows
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="two seconds a search in place of 12")
+    parser.add_argument("--small", action="store_true", help="short trainings, a second a search in place of 12")
     small = parser.parse_args().small
-    rows = run(seed=0, seconds=2.0 if small else 12.0)
+    rows = run(0, seconds=1.0, steps=40) if small else run(0, seconds=12.0)
     print(table(rows))
     losses = {row["chosen by"]: row["validation_loss"] for row in rows}
     assert losses["hypergradients"] < losses["hand"]

@@ -139,7 +139,7 @@ def test_integers_and_choices_go_to_optuna(entry: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("learning_rate", "lr"), ("weight-decay", "weight_decay"), ("momentun", "momentum"), ("WD", "weight_decay")],
+    [("learning_rate", "lr"), ("weight-decay", "weight_decay"), ("momentun", "momentum"), ("L2", "weight_decay")]
 )  # fmt: skip
 def test_unknown_names_get_a_suggestion(name: str, meant: str) -> None:
     with pytest.raises(InvalidProblem, match=f"Did you mean '{meant}'"):

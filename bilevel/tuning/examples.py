@@ -31,13 +31,13 @@ class Training:
         source: of batches `(inputs, targets, index)`, or `(inputs, targets)` where nothing asks for the index.
         count: n.
         first: some of the examples, to try things out on.
-        largest_label: of all targets, where they are integers; else None.
+        labels: least and largest of all targets, where they are integers; else None.
     """
 
     source: DataSource
     count: int
     first: Held
-    largest_label: int | None
+    labels: tuple[int, int] | None
 
 
 def training(data: Any, like: Tensor, batch_size: int | None, *, indexed: bool) -> Training:
@@ -46,7 +46,8 @@ def training(data: Any, like: Tensor, batch_size: int | None, *, indexed: bool) 
     Args:
         data: `(inputs, targets)` of tensors, NumPy arrays or pandas frames; a Dataset of such pairs; or a DataLoader,
             or another re-iterable of batches.
-        like: a parameter of the model: floating-point inputs get its dtype, arrays its device.
+        like: a parameter of the model: floating-point inputs get its dtype; arrays, and the batches of data sets and
+            loaders, its device.
         batch_size: of random batches; None: everything at once, or the loader's own batches.
         indexed: whether batches must carry the indices of their examples.
 
@@ -61,7 +62,7 @@ def training(data: Any, like: Tensor, batch_size: int | None, *, indexed: bool) 
         if batch_size is not None:
             _check_batch_size(batch_size, len(held.targets))
             source = Shuffled(tuple(held), batch_size=batch_size, with_index=indexed)
-        return Training(source, len(held.targets), held, _largest(held.targets))
+        return Training(source, len(held.targets), held, labels_of(held.targets))
     if isinstance(data, Dataset):
         if batch_size is None:
             raise InvalidProblem("train is a Dataset: say batch_size=..., or pass a DataLoader or a pair of tensors.")
@@ -74,18 +75,17 @@ def training(data: Any, like: Tensor, batch_size: int | None, *, indexed: bool) 
                                  "or as a Dataset, not as a loader.")  # fmt: skip
         if batch_size is not None:
             raise InvalidProblem("batch_size is that of the loader; leave it out, or pass a Dataset.")
-    source = Loader(loader)  # refuses what can be iterated only once
-    count, largest, first = 0, -1, None
+    source = Loader(loader, like.device)  # refuses what can be iterated only once
+    count, first, seen = 0, None, []
     for batch in _epoch(loader, "train"):
-        held = _checked(batch, like, "train", count)
+        held = _checked(_moved(batch[:2] if indexed else batch, like), like, "train", count)
         count += len(held.targets)
         first = held if first is None else first
-        label = _largest(held.targets)
-        largest = max(largest, -1 if label is None else label)
+        seen.append(held.targets if held.targets.is_floating_point() else torch.stack(held.targets.aminmax()))
     if first is None:
         raise _empty("train")
     source.batch(0, 0)  # a loader that the look above has used up says so here
-    return Training(source, count, first, largest if largest >= 0 else None)
+    return Training(source, count, first, labels_of(torch.cat(seen)))
 
 
 def held_out(data: Any, like: Tensor, name: str) -> Held:
@@ -101,7 +101,9 @@ def held_out(data: Any, like: Tensor, name: str) -> Held:
     if _is_pair(data):
         return _checked(data, like, name, 0)
     loader = DataLoader(data, batch_size=256) if isinstance(data, Dataset) else data
-    parts = [_checked(batch, like, name, 256 * i) for i, batch in enumerate(_epoch(loader, name))]
+    parts: list[Held] = []
+    for batch in _epoch(loader, name):
+        parts.append(_checked(_moved(batch, like), like, name, sum(len(part.targets) for part in parts)))
     if not parts:
         raise _empty(name)
     return Held(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
@@ -136,6 +138,9 @@ def _checked(batch: Any, like: Tensor, name: str, first: int) -> Held:
         got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
         raise InvalidProblem(f"{name} must give pairs (inputs, targets), got {got}.")
     held = Held(*(_readable(part, like, f"{name} {what}") for part, what in zip(batch, Held._fields, strict=True)))
+    if any(part.device != like.device for part in held):
+        devices = " and ".join(str(part.device) for part in held)
+        raise InvalidProblem(f"{name} is on {devices}, the model on {like.device}; move one of them with .to(...).")
     if any(part.dim() == 0 for part in held) or len(held.inputs) != len(held.targets):
         shapes = [tuple(part.shape) for part in held]
         raise InvalidProblem(f"{name}: inputs {shapes[0]} and targets {shapes[1]} must have one row an example.")
@@ -160,17 +165,26 @@ def _readable(part: Any, like: Tensor, what: str) -> Tensor:
 def _tensor(part: Any, like: Tensor) -> Tensor:
     if not isinstance(part, Tensor):
         array = np.asarray(part)
-        if array.dtype == object:  # frames with columns of several types
-            array = array.astype(np.float64)
-        part = torch.as_tensor(np.ascontiguousarray(array), device=like.device)
+        # A copy: frames hand out views that may not be written to. Their columns may have several types.
+        part = torch.as_tensor(np.array(array, np.float64 if array.dtype == object else None), device=like.device)
     made: Tensor = part
     if made.is_floating_point():
         return made.to(like.dtype)
     return made.long() if not made.is_complex() else made
 
 
-def _largest(targets: Tensor) -> int | None:
-    return None if targets.is_floating_point() else int(targets.max())
+def labels_of(*targets: Tensor) -> tuple[int, int] | None:
+    """Return the least and the largest label, None if targets are no integers."""
+    if any(part.is_floating_point() for part in targets):
+        return None
+    return min(int(part.min()) for part in targets), max(int(part.max()) for part in targets)
+
+
+def _moved(batch: Any, like: Tensor) -> Any:
+    """Return a batch of a loader with its tensors on the model's device."""
+    if not isinstance(batch, tuple | list):
+        return batch
+    return [part.to(like.device) if isinstance(part, Tensor) else part for part in batch]
 
 
 def _check_batch_size(batch_size: int, count: int) -> None:

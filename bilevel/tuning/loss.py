@@ -25,7 +25,7 @@ class Loss:
     classes: int | None
 
     @classmethod
-    def of(cls, function: Any, outputs: Any, targets: Tensor, largest_label: int | None) -> Loss:
+    def of(cls, function: Any, outputs: Any, targets: Tensor, labels: tuple[int, int] | None) -> Loss:
         """Return the loss that fits outputs and targets.
 
         Raises:
@@ -47,13 +47,13 @@ class Loss:
                                      "pass loss=...")  # fmt: skip
             return cls(None, None)
         classes = outputs.shape[1] if outputs.dim() == 2 else 0
-        if classes < 2 or targets.dim() != 1 or largest_label is None:
+        if classes < 2 or targets.dim() != 1 or labels is None:
             raise InvalidProblem(f"integer targets {tuple(targets.shape)} ask for outputs [n, classes], got "
                                  f"{tuple(outputs.shape)}; make targets floats for regression, or pass "
                                  "loss=...")  # fmt: skip
-        if largest_label >= classes or int(targets.min()) < 0:
-            raise InvalidProblem(f"labels run from {int(targets.min())} to {largest_label}, but the model has "
-                                 f"{classes} outputs; number classes from 0.")  # fmt: skip
+        if not 0 <= labels[0] <= labels[1] < classes:
+            raise InvalidProblem(f"labels run from {labels[0]} to {labels[1]}, but the model has {classes} outputs; "
+                                 "number classes from 0.")  # fmt: skip
         return cls(None, classes)
 
     @property

@@ -37,8 +37,8 @@ def mnist_from(path: str | Path, *, validation: int = 5000, seed: int = 0) -> Sp
     """Return all of MNIST from an .npz file, standardized: part of its training images to validate on.
 
     Args:
-        path: of a file as `bilevel data fetch mnist` leaves it: `X` `[n, 784]`, pixels from 0 to 255 (or to 1), `y` `[n]`,
-            and `meta`, JSON whose "train" says how many of the first rows are for training.
+        path: of a file as `bilevel data fetch mnist` leaves it: `X` `[n, 784]`, pixels from 0 to 255 (or to 1),
+            `y` `[n]`, and `meta`, JSON whose "train" says how many of the first rows are for training.
         validation: training images held back.
         seed: of which.
 

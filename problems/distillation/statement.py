@@ -61,7 +61,7 @@ def distillation(
     network: Network,
     *,
     ipc: int = 1,
-    start: Start = "real",
+    start: Start | Tensor = "real",
     loss: Loss = "cross_entropy",
     learn_targets: bool = False,
     lr: float | None = None,
@@ -80,7 +80,8 @@ def distillation(
         train: images `[N, *shape]` and labels `[N]` of all classes, from 0.
         network: whose weights are y.
         ipc: images a class, >= 1.
-        start: "real" images of each class, chosen at random, or "noise", standard normal.
+        start: "real" images of each class, chosen at random; "noise", standard normal; or images of yours
+            `[classes ipc, *shape]`, sorted by class.
         loss: "cross_entropy", or "mse" against one-hot targets less 1/C.
         learn_targets: whether the synthetic images' targets are part of x.
         lr: > 0: the learning rate of the lower optimizer becomes part of x, from here; write that optimizer as
@@ -109,9 +110,7 @@ def distillation(
     """
     _check(train, network, ipc, start, loss, lr, decay)
     labels = torch.arange(network.classes).repeat_interleave(ipc)
-    images = chosen(train, network.classes, ipc, seed)
-    if start == "noise":
-        images = torch.randn(images.shape, generator=Generator().manual_seed(mixed("noise", seed)), dtype=images.dtype)
+    images = _started(train, network, ipc, start, seed)
     targets = hard_targets(labels, network.classes, loss, images.dtype)
     x0: dict[str, Tensor] = {"images": images}
     if learn_targets:
@@ -186,12 +185,27 @@ def check_images(what: str, data: Part, network: Network) -> None:
         )
 
 
+def _started(train: Part, network: Network, ipc: int, start: Start | Tensor, seed: int) -> Tensor:
+    if isinstance(start, Tensor):
+        if start.shape != (network.classes * ipc, *network.shape) or not bool(start.isfinite().all()):
+            raise InvalidProblem(
+                f"distillation(start=...) must be finite images {[network.classes * ipc, *network.shape]}, got "
+                f"{list(start.shape)}."
+            )
+        return start.detach().to(train.inputs.dtype).clone()
+    images = chosen(train, network.classes, ipc, seed)
+    if start == "noise":
+        generator = Generator().manual_seed(mixed("noise", seed))
+        return torch.randn(images.shape, generator=generator, dtype=images.dtype)
+    return images
+
+
 def _check(
-    train: Part, network: Network, ipc: int, start: str, loss: str, lr: float | None, decay: float
+    train: Part, network: Network, ipc: int, start: str | Tensor, loss: str, lr: float | None, decay: float
 ) -> None:  # fmt: skip
     if ipc < 1:
         raise InvalidProblem(f"distillation(ipc=...) must be at least 1, got {ipc}.")
-    if start not in get_args(Start) or loss not in get_args(Loss):
+    if (isinstance(start, str) and start not in get_args(Start)) or loss not in get_args(Loss):
         raise InvalidProblem(
             f"distillation: start must be one of {get_args(Start)} and loss one of {get_args(Loss)}, got {start!r} "
             f"and {loss!r}."

@@ -51,6 +51,8 @@ def test_options_change_the_statement(data: dd.Part, network: dd.Network) -> Non
     noise = dd.distillation(data, network, start="noise")
     assert not torch.equal(noise.x0["images"], base.x0["images"])
     assert not torch.equal(dd.distillation(data, network, seed=2).x0["images"], base.x0["images"])
+    own = torch.ones((3, 1, 4, 4))
+    assert torch.equal(dd.distillation(data, network, start=own).x0["images"], own.double())
     assert isinstance(dd.distillation(data, network, batch_size=5).problem.upper_data, Shuffled)
     rated = dd.distillation(data, network, lr=0.3)
     assert float(rated.x0["log_lr"]) == pytest.approx(math.log(0.3))
@@ -103,6 +105,9 @@ def test_bad_statements_are_refused(data: dd.Part, network: dd.Network) -> None:
     ):  # fmt: skip
         with pytest.raises(InvalidProblem, match=word):
             dd.distillation(dd.Part(*bad), network)
+    for own in (images[:2], broken[:3]):
+        with pytest.raises(InvalidProblem, match="start"):
+            dd.distillation(data, network, start=own)
     only = dd.Part(images[labels < 2], labels[labels < 2])
     with pytest.raises(InvalidProblem, match="class 2 has 0"):
         dd.distillation(only, network)
