@@ -17,6 +17,7 @@ from bilevel.integrations.optuna._checkpoint import Checkpoint
 from bilevel.integrations.optuna.export import facts
 from bilevel.layout import Variables, named_leaves, rebuild
 from bilevel.loop import solve
+from bilevel.plan import Auto
 from bilevel.problem import Problem
 from bilevel.problems import Task
 from bilevel.solution import Solution
@@ -49,7 +50,7 @@ class BilevelObjective:
 
     Args:
         build: trial -> a `Task`, or `(problem, x0, y0)`. Suggestions are made here.
-        solver: how, or trial -> how. None: `HypergradientDescent()`.
+        solver: how, or trial -> how; "auto" plans for each trial's problem. None: `HypergradientDescent()`.
         steps: upper steps; None takes those of the task (100 where there is none).
         value: solution -> what the study optimizes, a number or a sequence of them: a loss on a split of its own, say.
             None: the best upper value.
@@ -81,7 +82,7 @@ class BilevelObjective:
     """
 
     build: Callable[[Trial], Stated]
-    solver: Solver[Any] | Callable[[Trial], Solver[Any]] | None = None
+    solver: Solver[Any] | Auto | Callable[[Trial], Solver[Any] | Auto] | None = None
     steps: int | None = None
     value: Callable[[Solution], Any] | None = None
     monitor: Callable[[Event], float] | None = None
@@ -146,10 +147,10 @@ class BilevelObjective:
             raise InvalidProblem(f"build must return a Task or (problem, x0, y0), got {type(stated).__name__}.")
         return *stated, 100 if self.steps is None else self.steps
 
-    def _solver(self, trial: Trial) -> Solver[Any]:
+    def _solver(self, trial: Trial) -> Solver[Any] | Auto:
         if self.solver is None:
             return HypergradientDescent()
-        return self.solver if isinstance(self.solver, Solver) else self.solver(trial)
+        return self.solver if isinstance(self.solver, Solver | str) else self.solver(trial)
 
 
 def report_callback(trial: Trial, monitor: Callable[[Event], float] | None = None, *, every: int = 1) -> Callback:

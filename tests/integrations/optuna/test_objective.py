@@ -142,6 +142,10 @@ def test_several_objectives_are_not_pruned():
     assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in found.trials)
 
 
+def test_the_solver_may_be_planned():
+    assert optimized(BilevelObjective(build, "auto", steps=20), trials=2).best_trial.user_attrs["status"] == "COMPLETED"
+
+
 def test_options_and_solvers_of_a_trial_reach_the_solve():
     def solver(trial):
         return bilevel.implicit(upper=bilevel.SGD(trial.suggest_categorical("lr", [0.5])))
