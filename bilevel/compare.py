@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bilevel.loop import solve
+from bilevel.lower_level import solve_lower
 from bilevel.problems import Task
 from bilevel.report import Row
 from bilevel.solution import Solution
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, Status
 
+SOLVED_STEPS = 500
 ENDED_WELL = {status.name.lower() for status in Status if status.ok}
 
 
@@ -37,10 +39,12 @@ def compare(
         progress: as for `solve`.
 
     Returns:
-        Rows with `problem, solver, seed, upper_value, x_error, seconds, seconds_to_first, gradients, hvps, crosses,
-        status`, and what the task's `evaluate` says of the best x and y. `seconds_to_first` is the time after which the
-        upper value was first no more than the best that the first solver reached (None: it never was); values are those
-        at each solver's own y, which relaxed methods may show too low.
+        Rows with `problem, solver, seed, upper_value, solved_value, x_error, seconds, seconds_to_first, gradients,
+        hvps, crosses, status`, and what the task's `evaluate` says of the best x and y. `upper_value` is f at the
+        solver's own y, which methods that relax the lower level may show too low; `solved_value` is f after the lower
+        level was solved again at the best x: compare by that one (None where `solve_lower` does not apply).
+        `seconds_to_first` is the time after which the upper value was first no more than the best that the first solver
+        reached (None: it never was).
     """
     rows = []
     for seed in seeds:
@@ -80,10 +84,28 @@ def seconds_to(target: float, solution: Solution) -> float | None:
     return next((seconds for value, seconds in reached if value <= target), last)
 
 
+def solved_value(task: Task, solution: Solution) -> float | None:
+    """Return f(x, y) at the best x with the lower level solved again from the best y; None where that does not apply.
+
+    Example:
+        >>> from bilevel import problems, solve, solvers
+        >>> task = problems.scalar()
+        >>> solution = solve(task.problem, solvers.BOME(), task.x0, task.y0, steps=20)
+        >>> solved_value(task, solution) > solution.best_value  # its y lags behind, on the better side
+        True
+    """
+    try:
+        found = solve_lower(task.problem, solution.best_x, solution.best_y, max_steps=SOLVED_STEPS)
+    except BilevelError:
+        return None
+    return float(found.upper_value)
+
+
 def describe(task: Task, solution: Solution) -> Row:
     """Return one solution as the cells of a row."""
     row: Row = {
         "upper_value": solution.best_value,
+        "solved_value": solved_value(task, solution),
         "x_error": task.x_error(solution.x),
         "seconds": solution.seconds,
         "gradients": solution.counts.gradients,

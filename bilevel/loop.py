@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from bilevel.dry_run import open_oracles
 from bilevel.hypergradients._base import Estimate
 from bilevel.layout import Variables, named_leaves, rebuild
 from bilevel.oracles import Oracles
+from bilevel.plan import Auto, plan
 from bilevel.problem import Problem
 from bilevel.progress import Bar
 from bilevel.solution import History, Solution
@@ -41,7 +43,7 @@ RECORDED = 256
 
 def solve(
     problem: Problem,
-    solver: Solver[Any],
+    solver: Solver[Any] | Auto,
     x0: Variables,
     y0: Variables | None = None,
     *,
@@ -60,7 +62,7 @@ def solve(
 
     Args:
         problem: what to minimize.
-        solver: how.
+        solver: how; "auto" takes what `plan` recommends, and says so in the message of the solution.
         x0: upper start, a Tensor or nested Tensors; never changed.
         y0: lower start; `problem.lower_init(x0)` if None.
         steps: upper steps to make, >= 0.
@@ -85,8 +87,13 @@ def solve(
         NonFinite: a step gave a value that is not finite, and `on_nonfinite="raise"`; carries `last_good`.
         SolveFailed: `throw` and the status is not ok; carries `last_good`.
     """
+    begin, planned = time.perf_counter(), ""
+    if solver == "auto":
+        if resume is not None:
+            raise InvalidProblem("resume needs the solver of the solution: print(bilevel.plan(...)) names it.")
+        found = plan(problem, x0, y0, seed=seed)
+        solver, planned = found.solver(), f"auto took {found.recommended}; "
     _check_arguments(solver, steps, tol, on_nonfinite)
-    begin = time.perf_counter()
     oracles, x, y = open_oracles(problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp, trains=solver.replays)
     state = solver.init(oracles, x, y) if resume is None else _resumed(resume, x, y)
     if resume is not None:
@@ -135,7 +142,8 @@ def solve(
                     event = Event(state.step, *run.nested(state), row, state)
                     answers = [callback(event) for callback in callbacks]
                     run.judge(row, tol, max_seconds, max_gradients, stopped=any(answers))
-    return run.finish(solver, state, tol, throw)
+    solution = run.finish(solver, state, tol, throw)
+    return replace(solution, message=planned + solution.message) if planned else solution
 
 
 def _left(after: Any) -> bool:
@@ -171,7 +179,7 @@ def _trouble(oracles: Oracles, after: Any) -> str | None:
 def _check_arguments(solver: Any, steps: int, tol: float, on_nonfinite: str) -> None:
     if not isinstance(solver, Solver):
         hint = " Call it: solver()." if callable(solver) else ""
-        raise InvalidProblem(f"expected a Solver, got {solver!r}.{hint}")
+        raise InvalidProblem(f"expected a Solver or 'auto', got {solver!r}.{hint}")
     if steps < 0 or not tol >= 0:
         raise InvalidProblem(f"steps and tol must be >= 0, got {steps} and {tol}.")
     if on_nonfinite not in get_args(OnNonFinite):

@@ -253,9 +253,10 @@ class Oracles:
     def batch(self, level: Level, step: int) -> Any:
         """Return the batch of one step, None without a data source."""
         source: DataSource | None = getattr(self.problem, f"{level}_data")
-        # Levels that share a data set must not share its permutations.
+        # Levels that share a data set must not share its permutations; those of one set of tasks see the same tasks.
+        seed = self.seed if source is not None and source.held else self._seed(level)
         try:
-            return None if source is None else source.batch(step, self._seed(level))
+            return None if source is None else source.batch(step, seed)
         except StopIteration as end:  # it would end a caller's loop without a word
             raise DataExhausted(f"the {level} data gave no batch for step {step}: its source ran out.") from end
 

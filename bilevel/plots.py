@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from bilevel.extras import extra
 from bilevel.solution import Solution
 from bilevel.status import InvalidProblem
 
@@ -135,10 +136,8 @@ def _numbers(solution: Solution, column: str) -> list[float]:
 def _axes(ax: Axes) -> Axes:
     if ax is not None:
         return ax
-    try:
+    with extra("plot", {"matplotlib": "matplotlib"}, "a plot"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'bilevel[plot]'") from error
     # A Figure of its own, not pyplot's: nothing global is touched, and no window opens.
     axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

@@ -86,7 +86,7 @@ class _Judge:
             RuntimeError: or NotImplementedError, what torch says; or that the products are wrong.
         """
         # Function transforms refuse hooks on saved tensors, and retain no graph anyway.
-        with nullcontext(None) if self.oracles.way == "forward_over_reverse" else _GraphBytes() as graph:
+        with nullcontext(None) if self.oracles.way == "forward_over_reverse" else GraphBytes() as graph:
             core = self._core()
         self.product = core.hvp(self.v)
         if isinstance(core, Differences):
@@ -166,7 +166,7 @@ def _memory(device: torch.device) -> int:
     return free // 4
 
 
-class _GraphBytes:
+class GraphBytes:
     """Adds up what autograd saves while the block runs."""
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ class _GraphBytes:
             self.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
-    def __enter__(self) -> _GraphBytes:
+    def __enter__(self) -> GraphBytes:
         self._hooks.__enter__()
         return self
 

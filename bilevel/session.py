@@ -8,6 +8,7 @@ from bilevel.dry_run import open_oracles
 from bilevel.layout import Variables
 from bilevel.oracles import Counts
 from bilevel.packing import pack, unpack
+from bilevel.plan import Auto, plan
 from bilevel.problem import Problem
 from bilevel.solvers._base import Metrics, Solver
 from bilevel.status import InvalidProblem
@@ -18,7 +19,7 @@ class Session:
 
     Args:
         problem: the statement.
-        solver: how to solve it.
+        solver: how to solve it; "auto" takes what `plan` recommends, which is then `session.solver`.
         x0: upper start; never changed.
         y0: lower start; `problem.lower_init(x0)` if None.
         seed: of batches and of randomness inside the objectives.
@@ -38,10 +39,18 @@ class Session:
     """
 
     def __init__(
-        self, problem: Problem, solver: Solver[Any], x0: Variables, y0: Variables | None = None, *, seed: int = 0
+        self,
+        problem: Problem,
+        solver: Solver[Any] | Auto,
+        x0: Variables,
+        y0: Variables | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
+        if solver == "auto":
+            solver = plan(problem, x0, y0, seed=seed).solver()
         if not isinstance(solver, Solver):
-            raise InvalidProblem(f"expected a Solver, got {solver!r}.")
+            raise InvalidProblem(f"expected a Solver or 'auto', got {solver!r}.")
         self.solver = solver
         self._oracles, x, y = open_oracles(
             problem, x0, y0, seed=seed, needs_hvp=solver.needs_hvp, trains=solver.replays

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bilevel.extras import extra
 from bilevel.hypergradients._base import Certificate
 from bilevel.layout import Variables
 from bilevel.oracles import Counts
@@ -85,7 +86,8 @@ class Solution:
 
     def to_dataframe(self) -> Any:
         """Return the history as a pandas DataFrame (needs pandas, extra `plot`)."""
-        import pandas
+        with extra("plot", {"pandas": "pandas"}, "to_dataframe"):
+            import pandas
 
         return pandas.DataFrame({name: self.history[name] for name in self.history.columns})
 

@@ -66,6 +66,10 @@ class InvalidProblem(BilevelError, ValueError):
     """The problem as stated cannot be solved; the message says which part and how to mend it."""
 
 
+class MissingPackage(InvalidProblem, ImportError):
+    """An optional package is not installed; the message holds the line that installs it."""
+
+
 class UnusedHyperparameter(InvalidProblem):
     """A leaf of x enters neither objective."""
 

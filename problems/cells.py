@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from bilevel.data import Shuffled
 from bilevel.modules import functional
 from bilevel.problem import Problem
 from bilevel.problems._base import Task
-from bilevel.problems._datasets import Part, Split, missing, shares
+from bilevel.problems._datasets import Part, Split, digits, shares
 from bilevel.regularizers import L2
+from bilevel.solvers.published import darts
 
 SOURCE = "Alpaydin, Kaynak: optical recognition of handwritten digits, 1998 (CC BY 4.0); scikit-learn (BSD-3)"
 OPERATIONS = ("zero", "skip", "conv 3x3", "dilated conv 3x3", "average pool", "max pool")
@@ -59,7 +59,7 @@ def cell_search(seed: int = 0, *, channels: int = 6, epochs: int = 30, random_ce
         Brox, Hutter, "Understanding and robustifying differentiable architecture search", ICLR 2020, for the
         eigenvalue.
     """
-    split = digits(seed)
+    split = small_split(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = functional(Network(channels))
@@ -84,22 +84,16 @@ def cell_search(seed: int = 0, *, channels: int = 6, epochs: int = 30, random_ce
         upper=loss, lower=loss, regularizer=L2(1e-3),
         upper_data=Shuffled(tuple(split.validation), 64), lower_data=Shuffled(tuple(split.train), 64),
     )  # fmt: skip
-    return Task("cell-search", problem, x0, net.parameters(), steps=300, evaluate=evaluate, source=SOURCE)
+    return Task(
+        "cell-search", problem, x0, net.parameters(),
+        steps=300, evaluate=evaluate, source=SOURCE, solvers={"darts": darts()},
+    )  # fmt: skip
 
 
-@cache
-def _all_digits() -> Part:
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise missing("the digits of 8 by 8 pixels", "scikit-learn") from error
-    images, labels = datasets.load_digits(return_X_y=True)
-    return Part(torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels))
-
-
-def digits(seed: int) -> Split:
+def small_split(seed: int) -> Split:
     """Return 500 digits of 8 by 8 pixels to train, 500 to validate, 797 to test."""
-    data = _all_digits()
+    small = digits()
+    data = Part(small.inputs.float().view(-1, 1, 8, 8), small.targets)
     return shares(data, 500 / len(data.targets), 500 / len(data.targets), seed)
 
 

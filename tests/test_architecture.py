@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent / "bilevel"
 
 # Ground first. A module may import from floors below its own, and from its own floor where that makes no cycle.
 FLOORS = [
-    {"status"},
+    {"status", "extras"},
     {"layout", "packing"},
     {"linear", "optimizers", "replay"},
-    {"sets", "regularizers", "data", "modules"},
+    {"sets", "regularizers", "data", "modules", "space"},
     {"problem"},
     {
         "aggregated",
@@ -29,6 +29,7 @@ FLOORS = [
         "multipliers",
         "feasibility",
         "lower_conditions",
+        "lower_level",
         "second_order",
         "captured",
         "dry_run",
@@ -36,10 +37,12 @@ FLOORS = [
     },
     {"hypergradients"},
     {"solvers"},
-    {"solution", "callbacks", "progress", "report"},
+    {"solution", "callbacks", "progress", "report", "costs", "facts"},
+    {"plan"},
     {"loop", "session", "plots"},
+    {"tuning", "tune"},
     {"problems"},
-    {"check", "compare", "demo", "integrations"},
+    {"check", "compare", "demo", "integrations", "names"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,6 +12,7 @@ from benchmarks import first_order
 from bilevel.dry_run import open_oracles
 
 
+@pytest.mark.slow
 def test_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     first_order.main(["--json", str(file), "--quick", "--methods", "VPBGD", first_order.HAND])

@@ -15,6 +15,7 @@ from bilevel.linear import CG, Jacobi, Operator
 from bilevel.status import Status
 
 
+@pytest.mark.slow
 def test_rows_of_a_hypergradient_have_their_keys_and_equal_products() -> None:
     task = network(16, quick=True)
     rows = hypergradient.cost(task, exact(task), pairs=1) + hypergradient.batched(task, pairs=1)

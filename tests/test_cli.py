@@ -14,6 +14,7 @@ import torch
 import bilevel
 from bilevel import InvalidProblem, cli
 from bilevel.compare import compare, spread
+from bilevel.names import parse_solvers
 from bilevel.problems import Task
 from bilevel.report import table, write_json
 
@@ -109,6 +110,21 @@ def test_a_problem_of_the_users(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "scalar" in capsys.readouterr().out
 
 
+def test_a_task_may_bring_its_solver(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    solver = bilevel.Metagradient(lower_steps=3)
+    monkeypatch.setattr(
+        bilevel.problems,
+        "trained",
+        lambda: replace(bilevel.problems.scalar(), solvers={"trained": solver}),
+        raising=False,
+    )
+    for command in ("run", "compare"):
+        assert cli.main([command, "bilevel.problems:trained", "--steps", "2"]) == 0
+        assert "trained" in capsys.readouterr().out
+    assert cli.main(["run", "bilevel.problems:trained", "--solver", "implicit", "--steps", "2"]) == 0
+    assert "implicit" in capsys.readouterr().out
+
+
 def test_module_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "bilevel", "list"], capture_output=True, text=True, check=True)
     assert "quadratic" in done.stdout
@@ -152,9 +168,31 @@ def test_compare_times_how_long_the_others_take_to_what_the_first_reached() -> N
 
 
 def test_solver_texts_are_parsed_not_evaluated() -> None:
-    assert list(cli.parse_solvers("all")) == list(bilevel.solvers.__all__)
-    assert cli.parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
-    assert list(cli.parse_solvers("hypergradient_descent,Implicit")) == ["hypergradient_descent", "Implicit"]
+    assert list(parse_solvers("all")) == list(bilevel.solvers.__all__)
+    assert parse_solvers("neumann(terms=0)")["neumann(terms=0)"] == bilevel.neumann(terms=0)
+    assert list(parse_solvers("hypergradient_descent,Implicit")) == ["hypergradient_descent", "Implicit"]
     for text in ("implicit(**{})", "neumann(3)"):
         with pytest.raises(InvalidProblem, match="name each option"):
-            cli.parse_solvers(text)
+            parse_solvers(text)
+
+
+def test_values_of_relaxed_methods_are_told_with_the_lower_level_solved_too() -> None:
+    rows = compare(
+        lambda seed: bilevel.problems.quadratic(seed=seed),
+        {"exact": bilevel.implicit(), "relaxed": bilevel.BOME()},
+        steps=40,
+    )
+    gaps = [abs(row["solved_value"] - row["upper_value"]) for row in rows]
+    assert gaps[0] < 1e-4 < gaps[1]
+
+
+def test_a_level_that_cannot_be_solved_alone_has_no_solved_value() -> None:
+    data = bilevel.Shuffled(torch.randn(8), batch_size=2)
+    problem = bilevel.Problem(
+        upper=lambda x, y, batch: (y - 1).square(),
+        lower=lambda x, y, batch: (y - x - batch).square().mean(),
+        lower_data=data,
+    )
+    task = bilevel.problems.Task("batches", problem, torch.tensor(0.0), torch.tensor(0.0))
+    (row,) = compare(lambda seed: task, {"first": bilevel.F2SA()}, steps=3)
+    assert row["solved_value"] is None

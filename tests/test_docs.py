@@ -16,6 +16,7 @@ import torch
 
 import bilevel
 from bilevel import status as statuses
+from bilevel.problems import distillation
 
 DOCS = Path(__file__).parent.parent / "docs"
 PACKAGE = Path(bilevel.__file__).parent
@@ -304,6 +305,8 @@ def test_every_public_name_is_documented() -> None:
     documented = re.findall(r"^\.\. auto(?:class|function|exception):: (\S+)", text, re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert {name for name in documented if "." not in name} == set(bilevel.__all__) - {"problems"}
-    assert {name for name in documented if name.startswith("bilevel.problems.")} == {
+    within = {name for name in documented if name.startswith("bilevel.problems.distillation.")}
+    assert within == {f"bilevel.problems.distillation.{name}" for name in distillation.__all__}
+    assert {name for name in documented if name.startswith("bilevel.problems.")} - within == {
         f"bilevel.problems.{name}" for name in bilevel.problems.__all__ if name != "ready"
     }

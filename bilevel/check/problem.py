@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.check._lower import LowerSolve, solved
 from bilevel.check._probe import Verdict
 from bilevel.dry_run import open_oracles
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
 from bilevel.hypergradients.evaluate import fitting
 from bilevel.layout import Variables
+from bilevel.lower_level import LowerMinimum, minimize
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
-from bilevel.status import BilevelError, Status
+from bilevel.status import BilevelError, Diverged, NonFinite, Status
 
 STEP = 1e-3
 """Length of the longer difference, for x near 1."""
@@ -28,7 +28,6 @@ ROUNDING = 1e3
 """The longer difference is this many times what rounding puts into it, at least."""
 SMALL = 1e-4
 """Of the norm of the hypergradient: an error of the slope that is no error."""
-HOPELESS = {Status.DIVERGED, Status.NON_FINITE}
 LOOSE = 0.1
 """Relative uncertainty, of the differences or of the hypergradient, beyond which nothing is proved."""
 
@@ -58,7 +57,7 @@ class ProblemReport:
     error: BilevelError | None = None
     notes: tuple[str, ...] = ()
     way: str = ""
-    lower: LowerSolve | None = None
+    lower: LowerMinimum | None = None
     certificate: Certificate | None = None
     gradient_norm: float = float("nan")
     direct_norm: float = float("nan")
@@ -178,9 +177,7 @@ class _Examined:
     def run(self, facts: dict[str, Any]) -> tuple[Verdict, str]:
         """Fill in the facts, and return the verdict with what it rests on."""
         if not self.estimator.replays:
-            facts["lower"] = lower = solved(self.oracles, self.x, self.y, self.step)
-            if lower.status in HOPELESS:
-                return Verdict.MISSING, f"the lower level has no solution here: {lower.status.value}."
+            facts["lower"] = lower = self._solved(self.x)
             self.y = lower.y
         state = self.estimator.init(self.oracles, self.x, self.y)
         found = self._estimate(self.x, self.y, state, certify=True)
@@ -206,6 +203,9 @@ class _Examined:
             return Verdict.UNDECIDED, f"near x the lower level could not be solved ({failed.name.lower()})."
         return _judged(slopes, differences, rounding / steps[1], float(h.norm()), certificate)
 
+    def _solved(self, x: Tensor) -> LowerMinimum:
+        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps)
+
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:
         return self.estimator.estimate(
             self.oracles, x, y, state, upper_step=self.step, lower_step=self.step, certify=certify
@@ -219,7 +219,7 @@ class _Examined:
         unit: Tensor = v / v.norm().clamp_min(tiny)
         return unit
 
-    def _rounding(self, value: Tensor, in_y: Tensor, certificate: Certificate, lower: LowerSolve | None) -> float:
+    def _rounding(self, value: Tensor, in_y: Tensor, certificate: Certificate, lower: LowerMinimum | None) -> float:
         """Return how far values of F may be off: by rounding, and by what the lower solve left."""
         error = 4 * torch.finfo(value.dtype).eps * abs(float(value))
         if lower is not None and certificate.curvature is not None and float(certificate.curvature[0]) > 0:
@@ -248,7 +248,10 @@ class _Examined:
         if self.estimator.replays:
             state = self.estimator.init(self.oracles, x, self.y)
             return float(self._estimate(x, self.y, state, certify=False).upper_value), None
-        lower = solved(self.oracles, x, self.y, self.step)
+        try:
+            lower = self._solved(x)
+        except (Diverged, NonFinite) as error:
+            return float("nan"), Status.DIVERGED if isinstance(error, Diverged) else Status.NON_FINITE
         failed = None if lower.status in {Status.CONVERGED, Status.STALLED} else lower.status
         return float(self.oracles.upper_value(x, lower.y, self.step)), failed
 

@@ -28,6 +28,15 @@ class DataSource(ABC):
     def deterministic(self) -> bool:
         """Whether all steps and seeds give the same batch."""
 
+    @property
+    def held(self) -> int | None:
+        """For how many steps each batch is given, where it states a lower problem of its own (tasks); None elsewhere.
+
+        Solvers that go on from the last y would carry one task's answer into the next, and refuse such a source. Both
+        levels of a problem see the same seed of it, so that they see the same tasks.
+        """
+        return None
+
     @abstractmethod
     def batch(self, step: int, seed: int) -> Any:
         """Return the batch of a step.
@@ -47,6 +56,11 @@ class DataSource(ABC):
             InvalidProblem: the source cannot be moved.
         """
         raise InvalidProblem(f"{type(self).__name__} cannot be moved to {device}; override to(), or move its data.")
+
+
+def batch_after(source: DataSource | None, first: int, steps: int) -> int:
+    """Return which batch some steps lead to: the next one, or still their own where each batch states tasks."""
+    return first + steps - (1 if steps and source is not None and source.held else 0)
 
 
 def checked(step: int) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.demo.methods import best_row, surest
+from bilevel.extras import extra
 from bilevel.problems.hyper_cleaning import Digits
 from bilevel.report import Row
 from bilevel.solution import Solution
-from bilevel.status import InvalidProblem
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 COLORS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00", "#000000")
@@ -22,13 +22,11 @@ def draw(path: str | Path, digits: Digits, rows: list[Row], solutions: Mapping[s
     """Write the picture.
 
     Raises:
-        InvalidProblem: matplotlib is not installed.
+        MissingPackage: matplotlib is not installed.
     """
-    try:
+    with extra("plot", {"matplotlib": "matplotlib"}, "the picture"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InvalidProblem("the picture needs matplotlib: pip install 'bilevel[plot]'.") from error
     figure = Figure(figsize=(14, 7), facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(

@@ -16,6 +16,7 @@ from bilevel.linear.curvature import largest_curvature
 from bilevel.linearization import gradients, leaves_of
 from bilevel.optimizers import LBFGS, SGD, Optimizer
 from bilevel.oracles import Oracles
+from bilevel.problem import Problem
 from bilevel.status import InvalidProblem, UnusedHyperparameter
 from bilevel.training import Training, TrainingState, tensors_of
 
@@ -67,13 +68,13 @@ class Trained(Estimator):
         if self.steps < 1:
             raise InvalidProblem(f"{name}(steps=...) must be at least 1, got {self.steps}.")
 
-    def restarts(self, oracles: Oracles) -> bool:
+    def restarts(self, problem: Problem) -> bool:
         """Return whether each training starts anew."""
-        return oracles.problem.lower_init is not None if self.restart is None else self.restart
+        return problem.lower_init is not None if self.restart is None else self.restart
 
     def through_start(self, oracles: Oracles) -> bool:
         """Return whether x acts through the start of training."""
-        return oracles.problem.lower_init is not None and self.restarts(oracles)
+        return oracles.problem.lower_init is not None and self.restarts(oracles.problem)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> TrainedState:
         """Return the state before the first training.
@@ -116,7 +117,7 @@ class Trained(Estimator):
         self, oracles: Oracles, x: Tensor, y: Tensor, state: TrainedState, upper_step: int, lower_step: int
     ) -> tuple[Training, TrainingState, TrainedState]:
         """Return the training, its start, and the next state but for the optimizer's."""
-        anew = self.restarts(oracles)
+        anew = self.restarts(oracles.problem)
         if self.through_start(oracles):
             assert oracles.problem.lower_init is not None
             with torch.no_grad():

@@ -86,7 +86,7 @@ class FirstOrder(Trained):
         blocks = oracles.problem.blocks or 1
         along = (start - now.y) / blocks if self.reptile else upper.y
         gradient = upper.x + through_init(oracles, x, along)
-        lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.first_batch + self.steps)
+        lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.batch_after(self.steps))
         missing = torch.full_like(upper.value, float("nan"))
         certificate = Certificate(
             status=Status.APPROXIMATE,

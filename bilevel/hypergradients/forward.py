@@ -111,7 +111,7 @@ class ForwardMode(Trained):
             # The mean squared slope estimates the squared length of what is estimated.
             error = ((len(x) + 1) / self.directions * slopes.square().mean()).sqrt()
         gradient = upper.x + through
-        lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.first_batch + self.steps)
+        lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.batch_after(self.steps))
         certificate = Certificate(
             status=Status.CONVERGED if self.directions is None and not self.carry else Status.APPROXIMATE,
             residual=torch.full_like(upper.value, float("nan")),

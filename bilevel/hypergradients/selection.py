@@ -94,7 +94,7 @@ class PoolGradient(Trained):
         )
         u = training.cotangent_of_gradient(at, entered, found.initial)
         gradient = found.upper.x + self._through_pool(oracles, x, entered, u)
-        lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.first_batch + self.steps)
+        lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.batch_after(self.steps))
         certificate = Certificate(
             status=Status.CONVERGED,
             residual=torch.full_like(found.growth, float("nan")),

@@ -189,7 +189,7 @@ class Unrolled(Trained):
             ReplayMismatch: a step run again gave another state.
         """
         training, start, after = self.begin(oracles, x, y, state, upper_step, lower_step)
-        through_start, anew = self.through_start(oracles), self.restarts(oracles)
+        through_start, anew = self.through_start(oracles), self.restarts(oracles.problem)
         estimate, found = self._differentiate(
             training, start, upper_step, through_start=through_start, anew=anew, certify=certify
         )
@@ -232,7 +232,7 @@ class Unrolled(Trained):
                 stacklevel=3,
             )
         error = self._error(training, start, found, gradient, upper_step, anew=anew) if certify else None
-        lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.first_batch + self.steps)
+        lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.batch_after(self.steps))
         certificate = Certificate(
             status=Status.CONVERGED if self._whole else Status.APPROXIMATE,
             residual=torch.full_like(found.growth, float("nan")),

@@ -7,7 +7,7 @@ from bilevel.optimizers.from_torch import from_torch
 from bilevel.optimizers.lbfgs import LBFGS
 from bilevel.optimizers.online_rate import OnlineRate
 from bilevel.optimizers.proximal import ProximalGradient
-from bilevel.optimizers.schedules import Cosine, Power, StepDecay
+from bilevel.optimizers.schedules import Cosine, Knots, Power, StepDecay
 from bilevel.optimizers.sgd import SGD
 from bilevel.optimizers.sign import CountSteps, L1Normalized, Sign
 
@@ -19,6 +19,7 @@ __all__ = [
     "CoordinateDescent",
     "Cosine",
     "CountSteps",
+    "Knots",
     "L1Normalized",
     "Linearized",
     "Minimum",

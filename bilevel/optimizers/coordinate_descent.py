@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.extras import extra
 from bilevel.optimizers._base import Minimum
 from bilevel.status import InvalidProblem, Status
 
@@ -28,7 +29,7 @@ class CoordinateDescent:
         max_steps: >= 1, passes over all columns.
 
     Raises:
-        InvalidProblem: shapes do not fit, or scikit-learn is not installed.
+        InvalidProblem: shapes do not fit.
 
     Cost:
         O(n d) a pass, on the CPU in float64.
@@ -76,13 +77,12 @@ class CoordinateDescent:
             STEP_LIMIT where scikit-learn says so.
 
         Raises:
-            InvalidProblem: a weight in l1 is 0, y0 has another shape, or scikit-learn is not installed.
+            InvalidProblem: a weight in l1 is 0, y0 has another shape.
+            MissingPackage: scikit-learn is not installed.
         """
-        try:
+        with extra("sklearn", {"sklearn": "scikit-learn"}, "CoordinateDescent"):
             from sklearn.exceptions import ConvergenceWarning
             from sklearn.linear_model import enet_path
-        except ImportError as error:
-            raise InvalidProblem("CoordinateDescent needs scikit-learn: pip install 'bilevel[data]'.") from error
         inputs, targets = self.inputs.double().cpu(), self.targets.double().cpu()
         n, d = inputs.shape
         if y0.shape != (d,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -34,11 +35,7 @@ def from_torch(optimizer: torch.optim.Optimizer, *, lr: Hyperparameter | None = 
         >>> from_torch(torch.optim.SGD([torch.zeros(2)], lr=0.1, momentum=0.9)).momentum
         0.9
     """
-    kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        raise InvalidProblem(
-            f"cannot convert {kind.__module__}.{kind.__qualname__}; supported are torch.optim.SGD, Adam and AdamW"
-        )
+    _check_kind(type(optimizer))
     settings = _common_settings(optimizer)
     if settings.pop("initial_lr", None) is not None and lr is None:
         raise InvalidProblem(
@@ -47,6 +44,17 @@ def from_torch(optimizer: torch.optim.Optimizer, *, lr: Hyperparameter | None = 
         )
     if lr is not None:
         settings["lr"] = lr
+    return of_settings(type(optimizer), settings)
+
+
+def of_settings(kind: type[torch.optim.Optimizer], settings: Mapping[str, Any]) -> Optimizer[Any]:
+    """Return the optimizer with the settings of a parameter group of a torch optimizer of this class.
+
+    Raises:
+        InvalidProblem: another class, a setting unknown here, or a value out of its range.
+    """
+    _check_kind(kind)
+    settings = {key: value for key, value in settings.items() if key not in _IMMATERIAL}
     decoupled = settings.pop("decoupled_weight_decay", False)
     unknown = sorted(settings.keys() - (_SGD if kind is torch.optim.SGD else _ADAM))
     if unknown:
@@ -55,6 +63,13 @@ def from_torch(optimizer: torch.optim.Optimizer, *, lr: Hyperparameter | None = 
         return SGD(**settings)
     settings["betas"] = tuple(settings["betas"])
     return AdamW(**settings) if decoupled else Adam(**settings)
+
+
+def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise InvalidProblem(
+            f"cannot convert {kind.__module__}.{kind.__qualname__}; supported are torch.optim.SGD, Adam and AdamW"
+        )
 
 
 def _common_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, final
 
 from torch import Tensor
 
 from bilevel.optimizers._base import Hyperparameter, at
-from bilevel.optimizers._hyperparameters import check, check_count, is_number
+from bilevel.optimizers._hyperparameters import check, check_count, check_flag, is_number
 from bilevel.status import InvalidProblem
 
 
@@ -132,3 +133,58 @@ class Power:
         if self.limit is None:
             return value
         return min(value, self.limit) if self.exponent > 0 else max(value, self.limit)
+
+
+@final
+@dataclass(frozen=True)
+class Knots:
+    """A learned curve: straight lines between k values of x, spread evenly over the steps.
+
+        v_i + (v_{i+1} - v_i) w,   i + w = (k - 1) step / (steps - 1);  its exponential if `log`
+
+    Beyond the last step it stays at the last value. With as many knots as steps, every step has a value of its own.
+
+    Args:
+        knots: function of x that returns the values `[k]`; None: x is that tensor itself.
+        steps: at least 1.
+        log: the values are logarithms, as suits rates: steps of one size then change a rate by one factor.
+
+    Raises:
+        InvalidProblem: an option is of a wrong type or out of its range, or the values are no tensor `[k]`.
+
+    Cost:
+        A few numbers a step.
+
+    References:
+        Engstrom, Ilyas, Chen, Feldmann, Moses, Madry, "Optimizing ML training with metagradient descent", 2025, arXiv
+        2503.13751, on learning-rate schedules.
+
+    Example:
+        >>> import torch
+        >>> schedule = Knots(steps=5, log=False)
+        >>> [float(schedule(torch.tensor([0.0, 1.0, 0.0]), step)) for step in range(6)]
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+
+    knots: Callable[[Any], Tensor] | None = None
+    _: KW_ONLY
+    steps: int
+    log: bool = True
+
+    def __post_init__(self) -> None:
+        if self.knots is not None and not callable(self.knots):
+            raise InvalidProblem(f"Knots(knots=...) must be a function of x or None, got {self.knots!r}")
+        check_count("steps", self.steps, 1)
+        check_flag("log", self.log)
+
+    def __call__(self, x: Any, step: int) -> Tensor:
+        """Return the value at `step` >= 0, 0-dim."""
+        values = x if self.knots is None else self.knots(x)
+        if not isinstance(values, Tensor) or values.dim() != 1 or len(values) == 0:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InvalidProblem(f"Knots needs a tensor [k] of values, got {shape}; name them by knots=lambda x: ...")
+        last = len(values) - 1
+        place = last * min(step / max(self.steps - 1, 1), 1.0)
+        left = min(int(place), max(last - 1, 0))
+        value = values[left] + (values[min(left + 1, last)] - values[left]) * (place - left)
+        return value.exp() if self.log else value

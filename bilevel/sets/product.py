@@ -35,14 +35,19 @@ class Product(Set):
 
     structure: Any
 
+    def parts(self, layout: Layout) -> list[tuple[slice, Layout, Set]]:
+        """Return the sets in the order of the flat vector, each with its place and the layout of what it constrains."""
+        found: list[tuple[slice, Layout, Set]] = []
+        _collect(layout, layout.skeleton, self.structure, found)
+        return found
+
     def project(self, point: Tensor) -> Tensor:
         """Return the projection of a bare tensor, for a structure that is a bare set; else use `bind`."""
         return project_bare(self, point)
 
     def bind(self, layout: Layout) -> Projection:
         """Return the projection of flat vectors, part by part."""
-        parts: list[tuple[slice, Projection]] = []
-        _collect(layout, layout.skeleton, self.structure, parts)
+        parts = [(place, part.bind(own)) for place, own, part in self.parts(layout)]
 
         def project(flat: Tensor) -> Tensor:
             pieces, at = [], 0
@@ -54,12 +59,12 @@ class Product(Set):
         return project
 
 
-def _collect(layout: Layout, node: Any, structure: Any, parts: list[tuple[slice, Projection]]) -> None:
+def _collect(layout: Layout, node: Any, structure: Any, parts: list[tuple[slice, Layout, Set]]) -> None:
     if structure is None:
         return
     if isinstance(structure, Set):
         place, own = layout.part(node)
-        parts.append((place, structure.bind(own)))
+        parts.append((place, own, structure))
     elif isinstance(structure, Mapping) and isinstance(node, Mapping) and structure.keys() <= node.keys():
         for key, child in node.items():
             _collect(layout, child, structure.get(key), parts)

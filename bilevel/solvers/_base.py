@@ -108,11 +108,16 @@ class Solver(ABC, Generic[S]):
         """Whether it differentiates through training steps, so that x may act through the start or the optimizer."""
         return False
 
+    def adapts(self, problem: Problem) -> int | None:
+        """Return how many lower steps each upper step takes from a new start; None where y goes on instead."""
+        return None
+
     def refuse(self, problem: Problem) -> None:
         """Raise InvalidProblem if the problem has a part that this solver cannot treat.
 
         A wrong answer without a word would be the alternative: an implicit hypergradient ignores active constraints.
         """
+        self._refuse_tasks(problem)
         regularizer = problem.regularizer
         parts = {
             "lower_set": ("handles_lower_set", problem.lower_set is not None),
@@ -130,6 +135,22 @@ class Solver(ABC, Generic[S]):
                 f"{'its kinks' if part == 'regularizer' else 'it'} and answer wrongly. {choice}, or state a smooth, "
                 "unconstrained lower level (a penalty, an L2 regularizer)."
             )
+
+    def _refuse_tasks(self, problem: Problem) -> None:
+        held = None if problem.lower_data is None else problem.lower_data.held
+        steps = self.adapts(problem)
+        if held is None or steps == held:
+            return
+        if steps is None:
+            raise InvalidProblem(
+                f"{type(self).__name__} does not start every lower solve anew, but each lower batch holds tasks of its "
+                "own: one task's y would pass for the next one's. Use maml(...), reptile(...) or imaml(...), and state "
+                "where adaptation starts (lower_init)."
+            )
+        raise InvalidProblem(
+            f"the lower data hold each batch of tasks for {held} steps, and {type(self).__name__} takes {steps} lower "
+            "steps from each start: tasks would change within an adaptation. Give both the same lower_steps."
+        )
 
     @abstractmethod
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> S:

@@ -11,14 +11,18 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.data._base import batch_after
 from bilevel.hypergradients._base import Certificate, Estimate, Estimator
+from bilevel.hypergradients._trained import Trained
 from bilevel.hypergradients.implicit import Implicit
 from bilevel.linear import Operator
 from bilevel.linear.curvature import largest_curvature
+from bilevel.lower_level import minimize_smooth
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
+from bilevel.problem import Problem
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import Diverged, InvalidProblem, NonFinite, Status
+from bilevel.status import Diverged, InvalidProblem, NonFinite
 
 RUNAWAY = 1e3
 RISING = 20
@@ -104,6 +108,15 @@ class HypergradientDescent(Solver[DescentState]):
         """Whether the estimator differentiates through training steps."""
         return self.estimator.replays
 
+    def adapts(self, problem: Problem) -> int | None:
+        """Return how many lower steps each upper step takes from a new start; None where y goes on instead."""
+        if isinstance(self.estimator, Trained):
+            return self.estimator.steps if self.estimator.fresh and self.estimator.restarts(problem) else None
+        return self.lower_steps if self._restarts(problem) else None
+
+    def _restarts(self, problem: Problem) -> bool:
+        return self.restart_lower is not False and problem.lower_init is not None
+
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> DescentState:
         """Return the state before the first step; measures the lower curvature if the lower step length needs it."""
         self.refuse(oracles.problem)
@@ -178,7 +191,7 @@ class HypergradientDescent(Solver[DescentState]):
             y,
             state.estimator,
             upper_step=state.step,
-            lower_step=state.lower_step + self.lower_steps,
+            lower_step=batch_after(oracles.problem.lower_data, state.lower_step, self.lower_steps),
             step_diagonal=diagonal,
             certify=certify,
         )
@@ -188,10 +201,14 @@ class HypergradientDescent(Solver[DescentState]):
         lower, y = self._lower(oracles), state.y
         if self.replays:
             return y, state.lower, None
-        if self.restart_lower is not False and oracles.problem.lower_init is not None:
+        if self._restarts(oracles.problem):
+            assert oracles.problem.lower_init is not None
             y = oracles.y_layout.flatten(oracles.problem.lower_init(oracles.x_layout.unflatten(state.x)))
         if isinstance(lower, LBFGS):
-            return self._minimize(oracles, lower, state, y), None, None
+            found = minimize_smooth(
+                oracles, lower, state.x, y, batch=state.lower_step, upper_step=state.step, max_steps=self.lower_steps
+            )
+            return found.y, None, None
         if isinstance(lower, Optimizer) and lower.needs_lr:
             # 5 % below the limit of safe descent: Ritz values approach the largest curvature from below.
             assert state.largest is not None
@@ -206,19 +223,6 @@ class HypergradientDescent(Solver[DescentState]):
             y, optimizer_state = lower.update(y, gradient, optimizer_state, x)
         _check_descent(oracles, y, values, state.step, deterministic=oracles.problem.deterministic_lower)
         return y, optimizer_state, diagonal
-
-    def _minimize(self, oracles: Oracles, lower: LBFGS, state: DescentState, y: Tensor) -> Tensor:
-        minimum = lower.minimize(
-            lambda point: oracles.lower_gradient(state.x, point, state.lower_step), y, max_steps=self.lower_steps
-        )
-        if minimum.status is Status.NON_FINITE:
-            raise NonFinite(f"the lower objective is not finite at upper step {state.step}, wherever L-BFGS looked.")
-        if minimum.status is Status.DIVERGED:
-            raise Diverged(
-                f"the lower objective falls to {float(minimum.value):.3g} at upper step {state.step} and may be "
-                "unbounded below; bound it with a regularizer (bilevel.L2), or restrict x (upper_set)."
-            )
-        return minimum.y
 
     def _clipped(self, h: Tensor) -> Tensor:
         # A non-finite entry must reach the loop as it is: clipping would spread it over all entries.

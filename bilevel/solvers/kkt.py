@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.extras import extra
 from bilevel.feasibility import inspect_multipliers
 from bilevel.kkt_system import KKTSystem, Vector
 from bilevel.multipliers import Scale
@@ -326,8 +327,6 @@ def _curvature(function: Vector, like: Tensor) -> Callable[[Any, Any], Any]:
 
 
 def _scipy() -> tuple[Any, Any, Any]:
-    try:
+    with extra("scipy", {"scipy": "SciPy"}, "the reference solver"):
         from scipy.optimize import Bounds, NonlinearConstraint, minimize
-    except ImportError as error:
-        raise ImportError("the reference solver needs SciPy: pip install 'bilevel[scipy]'") from error
     return minimize, Bounds, NonlinearConstraint

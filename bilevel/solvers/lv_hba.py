@@ -100,7 +100,7 @@ class LVHBA(Solver[LVHBAState]):
 
     Example:
         >>> import bilevel, torch
-        >>> from bilevel.sets.joint import JointHalfspace
+        >>> from bilevel import JointHalfspace
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y, b: 0.5 * (x - 2) ** 2 + 0.5 * (y - 1) ** 2, lower=lambda x, y, b: 0.5 * (y - 3) ** 2,
         ...     constraint=lambda x, y, b: (x + y - 2).reshape(1), joint_set=JointHalfspace(1.0, 1.0, offset=2.0))
@@ -137,7 +137,7 @@ class LVHBA(Solver[LVHBAState]):
         if problem.joint_set is None and (problem.constraint is not None or problem.equality is not None):
             raise InvalidProblem(
                 "LVHBA projects on {(x, y): c <= 0, h = 0}: pass Problem(joint_set=...), such as JointHalfspace or "
-                "JointPolyhedron of bilevel.sets.joint. Where that is too hard, BLOCC needs no projection."
+                "JointPolyhedron. Where that is too hard, BLOCC needs no projection."
             )
         scale = Scale.measure(oracles, x, y)
         curvature = Curvatures.measure(oracles, x, y, declared=True, scaled=False)

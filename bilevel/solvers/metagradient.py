@@ -49,6 +49,8 @@ class Metagradient(Solver[MetagradientState]):
         upper: optimizer of x: `Adam`, `Sign` (the paper's choice), `L1Normalized`, or `CountSteps` for data selection.
         lower: optimizer of y; `SGD(lr=None)` measures its step at the start.
         lower_steps: T.
+        fresh: give each training the next T lower batches. If not, all trainings see the first T, so that F is one
+            function, and x may come to fit the order of the batches.
         truncate: differentiate through the last so many steps only.
         pool: all training data as one lower batch, for data selection: the gradient is taken as if the weighted pool
             entered one lower step, `truncate` steps before the end, so that examples count that no batch showed.
@@ -83,6 +85,7 @@ class Metagradient(Solver[MetagradientState]):
     upper: Optimizer[Any] = field(default_factory=lambda: Adam(lr=0.1))
     lower: Optimizer[Any] = field(default_factory=lambda: SGD(lr=None))
     lower_steps: int = 50
+    fresh: bool = False
     truncate: int | None = None
     pool: Any = None
     schedule: Schedule = field(default_factory=Sqrt)
@@ -133,8 +136,8 @@ class Metagradient(Solver[MetagradientState]):
 
     def _estimator(self) -> Unrolled | PoolGradient:
         common: dict[str, Any] = {
-            "lower": self.lower, "steps": self.lower_steps, "restart": True, "schedule": self.schedule,
-            "store": self.store, "microbatches": self.microbatches,
+            "lower": self.lower, "steps": self.lower_steps, "restart": True, "fresh": self.fresh,
+            "schedule": self.schedule, "store": self.store, "microbatches": self.microbatches,
         }  # fmt: skip
         if self.pool is None:
             return Unrolled(truncate=self.truncate, **common)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from bilevel.hypergradients._base import Estimate
 from bilevel.hypergradients.active_set import ActiveSet, ActiveSetState
+from bilevel.lower_level import minimize_proximal
 from bilevel.optimizers import LBFGS, Adam, Minimum, Optimizer
 from bilevel.optimizers.coordinate_descent import CoordinateDescent
 from bilevel.optimizers.proximal import ProximalGradient
 from bilevel.oracles import Oracles
 from bilevel.regularizers import L1, ElasticNet
 from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import Diverged, InvalidProblem, NonFinite, Status
+from bilevel.status import InvalidProblem
 
 
 class SparseState(NamedTuple):
@@ -139,23 +140,9 @@ class SparseDescent(Solver[SparseState]):
             Diverged: the lower objective falls without end.
             NonFinite: a lower value or gradient is not finite.
         """
-        declared = oracles.declared(x)
-        if isinstance(self.lower, CoordinateDescent):
-            minimum = self.lower.minimize(*_weights(oracles, x, y), y)
-        else:
-            minimum = self.lower.minimize(
-                lambda point: oracles.lower_gradient(x, point, step, declared=False),
-                lambda v, length: oracles.project_y(declared.prox(v, length)),
-                y,
-            )
-        if minimum.status is Status.NON_FINITE:
-            raise NonFinite(f"the lower objective is not finite at upper step {step}, wherever prox steps led.")
-        if minimum.status is Status.DIVERGED:
-            raise Diverged(
-                f"the lower objective falls to {float(minimum.value):.3g} at upper step {step} and may be unbounded "
-                "below; bound it with a regularizer or a lower_set, or restrict x (upper_set)."
-            )
-        return minimum
+        if not isinstance(self.lower, CoordinateDescent):
+            return minimize_proximal(oracles, self.lower, x, y, batch=step, upper_step=step)
+        return self.lower.minimize(*_weights(oracles, x, y), y)
 
     def _estimate(self, oracles: Oracles, state: SparseState, certify: bool) -> tuple[Estimate, ActiveSetState]:
         y = self.solve_lower(oracles, state.x, state.y, state.step).y

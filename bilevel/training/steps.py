@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bilevel.data._base import batch_after
 from bilevel.declared import Declared
 from bilevel.linearization import DoubleBackward, SecondDerivatives, gradients, join, leaves_of, second_derivatives
 from bilevel.optimizers import Optimizer, Pulled
@@ -47,6 +48,10 @@ class Training:
     def start(self, y: Tensor, optimizer_state: Any = None) -> TrainingState:
         """Return the state before the first step."""
         return TrainingState(y, self.optimizer.init(y) if optimizer_state is None else optimizer_state)
+
+    def batch_after(self, steps: int) -> int:
+        """Return the lower batch on which to look at what so many steps reached."""
+        return batch_after(self.oracles.problem.lower_data, self.first_batch, steps)
 
     def advance(self, step: int, state: TrainingState) -> TrainingState:
         """Return the state after a step, without a derivative."""

@@ -169,12 +169,18 @@ def lower_batches() -> Callable[[int], Any]:
     return lambda step: oracles.batch("lower", step)
 
 
+KNOWN: dict[tuple[str, int], Answer] = {}
+
+
 def check(case: Case, steps: int, schedule: Schedule, lower_batches: Callable[[int], Any], **options: Any) -> None:
     lower = case.make(scheduled(BASE[case.name]))
     x = upper_variables(steps)
     h = metagradient(PROBLEM, x, START, lower=lower, steps=steps, schedule=schedule, **options)
     count = sum(leaf.numel() for leaf in START.values())
-    expected = one_graph(case, steps, lower_batches, [torch.zeros(count, dtype=torch.float64)] * case.buffers)
+    if (case.name, steps) not in KNOWN:
+        zeros = [torch.zeros(count, dtype=torch.float64)] * case.buffers
+        KNOWN[case.name, steps] = one_graph(case, steps, lower_batches, zeros)
+    expected = KNOWN[case.name, steps]
     assert h.run is not None
     assert_same([h.run.value], [expected.value])
     assert_same([leaf for _, leaf in named_leaves(h.gradient)], expected.x)
@@ -202,7 +208,7 @@ def test_equals_one_graph_of_64_steps(case: Case, lower_batches: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("steps", [64, 1024])
-@pytest.mark.parametrize("schedule", SCHEDULES[2:6], ids=str)
+@pytest.mark.parametrize("schedule", [*SCHEDULES[:6], Binomial(24)], ids=str)
 def test_equals_one_graph_of_many_steps(case: Case, steps: int, schedule: Schedule, lower_batches: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Chaotic)

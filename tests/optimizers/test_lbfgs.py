@@ -413,6 +413,7 @@ def test_an_uphill_direction_forgets_the_pairs():
     assert run.to_end(10).status is Status.CONVERGED
 
 
+@pytest.mark.slow
 def test_more_steps_never_return_a_worse_point():
     fun, _ = quadratic(1e2, dtype=torch.float32, scale=1e3)
     runs = [LBFGS(max_steps=steps, patience=100).minimize(fun, torch.zeros(20)) for steps in range(40, 110)]

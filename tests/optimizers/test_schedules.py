@@ -1,10 +1,11 @@
 """The values of the schedules are those of torch's schedulers."""
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from bilevel.optimizers import Cosine, Power, StepDecay
+from bilevel.optimizers import Cosine, Knots, Power, StepDecay
 from bilevel.status import InvalidProblem
 
 
@@ -64,3 +65,41 @@ def test_power_grows_and_decays_to_its_limit():
 def test_power_refuses_bad_options(options, message):
     with pytest.raises(InvalidProblem, match=message):
         Power(**{"start": 1.0, "exponent": 1.0, **options})
+
+
+def test_knots_interpolate_logarithms_and_stay_at_the_last():
+    x = torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64)
+    schedule = Knots(steps=9)
+    expected = np.exp(np.interp(np.minimum(np.arange(12), 8), [0, 4, 8], x.numpy()))
+    assert [float(schedule(x, step)) for step in range(12)] == pytest.approx(expected, rel=1e-12)
+    plain = Knots(lambda x: x["rates"], steps=9, log=False)
+    assert [float(plain({"rates": x}, step)) for step in (0, 2, 4, 100)] == [0.0, 1.0, 2.0, -1.0]
+
+
+def test_knots_one_for_each_step_and_one_for_all():
+    x = torch.tensor([3.0, 1.0, 2.0])
+    assert [float(Knots(steps=3, log=False)(x, step)) for step in range(4)] == [3.0, 1.0, 2.0, 2.0]
+    assert [float(Knots(steps=3, log=False)(x[:1], step)) for step in range(3)] == [3.0] * 3
+    assert float(Knots(steps=1, log=False)(x, 0)) == 3.0
+
+
+def test_knots_have_the_weights_of_the_interpolation_as_gradient():
+    x = torch.tensor([0.5, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
+    value = Knots(steps=9)(x, 3)
+    (gradient,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(gradient, value.detach() * torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Knots(torch.ones(3), steps=3),
+        lambda: Knots(steps=0),
+        lambda: Knots(steps=3, log=1),
+        lambda: Knots(steps=3)({"rates": torch.ones(3)}, 0),
+        lambda: Knots(steps=3)(torch.ones(2, 2), 0),
+    ],
+)
+def test_what_are_no_knots_is_refused(make):
+    with pytest.raises(InvalidProblem, match=r"Knots|steps|log"):
+        make()

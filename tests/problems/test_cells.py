@@ -7,7 +7,7 @@ import torch
 
 import bilevel
 from bilevel.problems import cell_search, discrete_cell
-from bilevel.problems.cells import EDGES, KEPT, NODES, OPERATIONS, Network, accuracy, digits, largest_eigenvalue
+from bilevel.problems.cells import EDGES, KEPT, NODES, OPERATIONS, Network, accuracy, largest_eigenvalue, small_split
 
 
 def seeded(*arguments: object) -> Network:
@@ -25,7 +25,7 @@ def logits(*chosen: str) -> torch.Tensor:
 
 
 def test_parts_are_disjoint_and_of_the_promised_size() -> None:
-    split = digits(0)
+    split = small_split(0)
     assert [len(part.targets) for part in split] == [500, 500, 797]
     images = torch.cat([part.inputs.flatten(1) for part in split])
     assert len(images.unique(dim=0)) >= 1797 - 5  # but for digits drawn alike
@@ -104,5 +104,5 @@ def test_judging_trains_anew_and_repeats_itself() -> None:
     assert all(isinstance(value, float) for value in found.values())
     assert found == task.evaluate(task.x0, task.y0)
     assert torch.equal(torch.get_rng_state(), random)
-    cell, split = discrete_cell(logits(*["conv 3x3"] * 6)), digits(0)
+    cell, split = discrete_cell(logits(*["conv 3x3"] * 6)), small_split(0)
     assert accuracy(cell, split, 6, 6, 0) > accuracy(cell, split, 6, 1, 0)

@@ -16,7 +16,7 @@ from bilevel.layout import named_leaves
 from bilevel.problems import Task
 from bilevel.problems._datasets import diabetes, shares, standardized
 
-SLOW = {"hyper_cleaning_mlp"}
+SLOW = {"hyper_cleaning_mlp", "learning_rates", "data_selection", "robustness_audit", "weight_decays"}
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
 OTHER: dict[str, Callable[[], bilevel.Solver]] = {
     "box": bilevel.ProxF2SA, "ineq": bilevel.LVHBA, "lasso1": bilevel.MEHA, "llc": bilevel.LVHBA, "mc": bilevel.BAMM,
@@ -27,7 +27,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for 
 REAL = {
     "ridge": "test_mse", "logistic_regression": "test_accuracy", "hyper_cleaning": "f1",
     "lasso": "test_r2", "elastic_net": "features", "sparse_group": "groups", "svm": "support_vectors",
-    "svm_primal": "wrong_labels_found",
+    "svm_primal": "wrong_labels_found", "glyphs": "interval", "sine": "test_mse", "learning_rates": "test_loss",
+    "data_selection": "good", "robustness_audit": "change",
 }  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def test_opens_and_makes_two_steps(name: str) -> None:
     assert task.name == name.replace("_", "-")
     assert task.source
     before = [leaf.clone() for _, leaf in named_leaves(task.x0)]
-    solver = OTHER.get(name, bilevel.implicit)()
+    solver = task.solver or OTHER.get(name, bilevel.implicit)()
     solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=2)
     assert solution.status.ok, solution.message
     assert all(bool((a == b).all()) for a, (_, b) in zip(before, named_leaves(task.x0), strict=True))
@@ -54,7 +55,7 @@ def test_same_seed_same_problem(name: str) -> None:
     one, two, other = (factory(name)(seed=s) if seeded else factory(name)() for s in (0, 0, 1))
     values = []
     for task in (one, two, other):
-        oracles, x, y = open_oracles(task.problem, task.x0, task.y0, needs_hvp=False)
+        oracles, x, y = open_oracles(task.problem, task.x0, task.y0, needs_hvp=False, trains=bool(task.solvers))
         upper, (lower, gradient) = oracles.upper_gradient(x, y), oracles.lower_gradient(x, y)
         values.append(torch.cat([upper.value.view(1), lower.view(1), upper.y.flatten(), gradient.flatten()]))
     assert bool((values[0] == values[1]).all())
@@ -100,5 +101,5 @@ def test_standardization_uses_the_training_part_only() -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(bilevel.InvalidProblem, match=r"scikit-learn.*pip install 'bilevel\[data\]'"):
+    with pytest.raises(bilevel.MissingPackage, match=r"scikit-learn.*pip install 'bilevel\[data\]'"):
         problems.ridge()

@@ -252,7 +252,9 @@ class Stopped(Linear):
         return super().after(step, state)
 
 
-@pytest.mark.parametrize("schedule", [Sqrt(), Sqrt(graphs=False), Binomial(3)], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Sqrt(), *(pytest.param(s, marks=pytest.mark.slow) for s in (Sqrt(graphs=False), Binomial(3)))], ids=str
+)
 def test_a_visit_stopped_anywhere_goes_on_with_the_same_bits(schedule: Schedule, tmp_path: Path) -> None:
     plain, took = reverse(Linear(), start(), 8, head, schedule=schedule)
     for stop in range(took.advances + 8):

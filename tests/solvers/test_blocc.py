@@ -66,6 +66,7 @@ def penalized(problem: Problem, x: Tensor, penalty: float) -> float:
     return float(value)
 
 
+@pytest.mark.slow
 def test_direction_is_the_gradient_of_the_penalized_problem() -> None:
     problem, x, penalty = coupled(), doubles(0.2, -0.4), 4.0
     h, after = direction(problem, x, torch.zeros(4, dtype=torch.float64), penalty)

@@ -22,6 +22,7 @@ def error(task: bilevel.problems.Task, solver: F2BA, steps: int) -> float:
     return found
 
 
+@pytest.mark.slow
 def test_error_falls_like_one_over_the_penalty() -> None:
     task = bilevel.problems.quadratic()
     coarse, fine = (error(task, F2BA(upper=SGD(0.15), penalty=p, lower_steps=30), 100) for p in (30.0, 300.0))

@@ -54,6 +54,32 @@ def test_every_training_starts_anew() -> None:
     assert len(set(warm.history["upper_value"])) == 4
 
 
+def test_fresh_trainings_see_the_next_batches() -> None:
+    """The second training's batches are T to 2 T - 1: its value is that of a problem whose data begin there."""
+    rows = draw(40)
+    data = Shuffled((rows,), batch_size=4)
+
+    class Later(bilevel.DataSource):
+        deterministic = False
+
+        def batch(self, step: int, seed: int) -> Any:
+            return data.batch(step + 5, seed)
+
+    def problem(source: bilevel.DataSource) -> Problem:
+        return Problem(
+            upper=lambda x, y, b: (y - 1).square(), lower=lambda x, y, b: (y - x - b[0]).square().mean(),
+            lower_data=source,
+        )  # fmt: skip
+
+    one = torch.ones((), dtype=torch.float64)
+    options: dict[str, Any] = {"lower": SGD(0.3), "lower_steps": 5, "upper": SGD(0.0)}
+    fresh = bilevel.solve(problem(data), Metagradient(fresh=True, **options), one, one, steps=2).history["upper_value"]
+    later = bilevel.solve(problem(Later()), Metagradient(**options), one, one, steps=1).history["upper_value"]
+    first = bilevel.solve(problem(data), Metagradient(**options), one, one, steps=1).history["upper_value"]
+    assert fresh == [first[0], later[0]]
+    assert first != later
+
+
 def test_schedules_and_truncation_are_passed_on() -> None:
     task = bilevel.problems.quadratic()
     found = [

