@@ -46,8 +46,8 @@ class ForwardMode(Trained):
 
     References:
         Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML
-        2017 (Algorithm 2; section 3.3 for `carry`). Silver et al., "Learning by directional gradient descent", ICLR
-        2022, for random directions.
+        2017 (Algorithm 2, and its real-time form for `carry`). Silver et al., "Learning by directional gradient
+        descent", ICLR 2022, for random directions.
 
     Example:
         >>> import bilevel
