@@ -34,6 +34,7 @@ from bilevel.solvers import (
     implicit,
 )
 from bilevel.solvers._base import Solver
+from bilevel.solvers.published import maml
 from bilevel.status import BilevelError, InvalidProblem
 
 Auto: TypeAlias = Literal["auto"]
@@ -162,7 +163,8 @@ def plan(
                 troubles.append(f"{name}: {error}")
                 continue
             return Plan(facts, choices, name, reason, cost_of(solver, problem, sizes), solver)
-    return Plan(facts, choices, None, " | ".join(troubles) or str(facts.only_through_training), None, None)
+    unfit = f"{facts.only_through_training} If it acts through an optimizer, name it: plan(..., lower=SGD(...))."
+    return Plan(facts, choices, None, " | ".join(troubles) or unfit, None, None)
 
 
 # -- which solvers fit ------------------------------------------------------------------------------------------------
@@ -217,8 +219,11 @@ Candidate: TypeAlias = tuple[str, Solver[Any], str]
 def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, steps: int) -> Iterator[Candidate]:
     """Yield what to take, and why, the best first; the first that accepts the problem is recommended."""
     if facts.only_through_training is not None:
-        if lower is not None or problem.lower_init is not None:
-            yield _trained(lower, steps, "x acts through training alone, so training itself is differentiated")
+        alone = "x acts through training alone, so training itself is differentiated"
+        if lower is None and problem.lower_init is not None and problem.blocks is not None:
+            yield "maml()", maml(), f"{alone}, on fresh tasks in each step; its lr is to be set"
+        elif lower is not None or problem.lower_init is not None:
+            yield _trained(lower, steps, alone)
     elif "constraint" in facts.parts or "equality" in facts.parts:
         yield from _constrained(problem, facts)
     elif facts.parts:

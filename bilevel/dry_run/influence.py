@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel.linearization import gradients, leaves_of
 from bilevel.oracles import Constraint, Function, Level, Oracles
-from bilevel.status import IneffectiveHyperparameter, InvalidProblem, UnusedHyperparameter
+from bilevel.status import IneffectiveHyperparameter, UnusedHyperparameter
 
 FURTHER_BATCHES = 4
 """Batches looked at before a leaf of x counts as unused."""
@@ -35,7 +35,7 @@ def check_used(oracles: Oracles, x: Tensor, y: Tensor, used: dict[Level, set[int
                 used[level] |= _used_at(oracles, level, step, x, y)
     unused = [name for index, name in enumerate(names) if index not in used["upper"] | used["lower"] | constraints]
     if unused and problem.lower_init is not None:
-        raise InvalidProblem(
+        raise UnusedHyperparameter(
             f"x's leaf '{unused[0]}' enters only through lower_init: the lower solution does not depend on its start, "
             "so the implicit gradient is zero by definition; differentiate through the training steps instead "
             "(unrolled(), Metagradient())."
