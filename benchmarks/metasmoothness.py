@@ -93,6 +93,10 @@ REMEDIES: dict[str, tuple[str, Setup]] = {
     "4 times as wide": ("SGD", replace(PLAIN, width=32)),
     "4 times the batch": ("SGD", replace(PLAIN, batch=128)),
     "lr / 4": ("SGD", replace(PLAIN, lower=SGD(0.025, 0.9))),
+    "tanh, lr / 4": ("SGD", replace(PLAIN, activation=nn.Tanh, lower=SGD(0.025, 0.9))),
+    "tanh, 4 times the batch": ("SGD", replace(PLAIN, activation=nn.Tanh, batch=128)),
+    "tanh, 4 times as wide": ("SGD", replace(PLAIN, activation=nn.Tanh, width=32)),
+    "logits / 10, lr x 10": ("SGD", replace(PLAIN, logits=0.1, lower=SGD(1.0, 0.9))),
     "GELU, average pooling": ("SGD", replace(PLAIN, activation=nn.GELU, pool="average")),
     "GELU, average pooling, lr / 4": (
         "SGD", replace(PLAIN, activation=nn.GELU, pool="average", lower=SGD(0.025, 0.9)),

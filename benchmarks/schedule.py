@@ -194,11 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write meta and rows here")
     parser.add_argument("--seeds", type=int, default=5, help="splits 0 to N - 1")
+    parser.add_argument("--seed", type=int, help="this split only")
     parser.add_argument("--no-tpe", action="store_true", help="leave out Optuna")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.seed is None else [options.seed]:
         rows += rows_of(seed, Setting(), tpe=not options.no_tpe)
         print(table([row for row in rows if row["seed"] == seed], COLUMNS), flush=True)
     print(table(means(rows)))

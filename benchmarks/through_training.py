@@ -216,13 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write meta and rows here")
     parser.add_argument("--seeds", type=int, default=5, help="splits 0 to N - 1")
+    parser.add_argument("--seed", type=int, help="this split only")
     parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=list(PROBLEMS), help="only these")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[Row] = []
     for name in options.problems:
         found: list[Row] = []
-        for seed in range(options.seeds):
+        for seed in range(options.seeds) if options.seed is None else [options.seed]:
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", bilevel.Chaotic)
                 found += PROBLEMS[name](seed)

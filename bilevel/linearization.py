@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,10 +23,42 @@ Evaluate: TypeAlias = Callable[[Leaves, Leaves], Tensor]
 """The traced lower objective at a fixed batch and random state: (leaves of x, leaves of y) -> 0-dim tensor."""
 
 
+SMALL = 8
+"""A leaf this many times smaller than the largest one costs next to nothing to copy."""
+LARGE = 2**16
+"""Entries of y from which on it is worth a node of its own that y can be freed before the graph."""
+
+
 def leaves_of(layout: Layout, flat: Tensor, *, requires_grad: bool = True) -> list[Tensor]:
     """Return the leaves as detached views of `flat`, with respect to which there is no graph of the split."""
     # Each by itself: of leaves that are views of one detached vector, compiled objectives lose the second derivative.
     return [leaf.detach().requires_grad_(requires_grad) for leaf in layout.views(flat)]
+
+
+class _Sources(torch.autograd.Function):
+    """The identity, at whose outputs a derivative ends: unlike leaves, its node does not hold their values."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(value.detach() for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(gradients))
+
+
+def sources(layout: Layout, flat: Tensor) -> list[Tensor]:
+    """Return the leaves as tensors at which derivatives may end, and whose graph does not keep `flat` alive.
+
+    An operation may save a leaf, and a view would keep all of `flat` with it. So small leaves are copied: then `flat`
+    goes where no operation saves a large one, as the first layer of a network saves its inputs, not its weights.
+    """
+    views = layout.views(flat.detach())
+    small = max((view.numel() for view in views), default=0) // SMALL
+    anchor = torch.zeros((), requires_grad=True)
+    with torch.enable_grad():
+        values = [view.clone() if view.numel() <= small else view for view in views]
+        return list(_Sources.apply(anchor, *values))  # type: ignore[no-untyped-call]
 
 
 def gradients(outputs: Leaves, inputs: Leaves, weights: Leaves | None = None, **options: bool) -> list[Tensor | None]:
@@ -51,6 +83,8 @@ def join(layout: Layout, leaves: Sequence[Tensor | None], lead: tuple[int, ...],
 
 
 def _concatenated(layout: Layout, leaves: Sequence[Tensor | None], like: Tensor, lead: tuple[int, ...] = ()) -> Tensor:
+    if all(leaf is not None for leaf in leaves):
+        return layout.concat(leaves)  # type: ignore[arg-type]
     rows = () if layout.blocks is None else (layout.blocks,)
     filled = [
         like.new_zeros(lead + rows + tuple(shape)) if leaf is None else leaf
@@ -97,6 +131,8 @@ class DoubleBackward(SecondDerivatives):
         ys: those of y.
         traced: the flat gradient with its graph.
         edge: its place in the graph, None if it is constant.
+        ends: the places of ys in the graph. With `held=False` ys are no leaves but outputs of a node that holds no
+            values, so that y may be freed before the graph is.
     """
 
     def __init__(
@@ -108,11 +144,16 @@ class DoubleBackward(SecondDerivatives):
         y: Tensor,
         *,
         plain_attention: bool = False,
+        held: bool = True,
+        xs: list[Tensor] | None = None,
     ) -> None:
         # Fused attention has no double backward. The manager must wrap the building of the graph, and may end after it.
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
         self._y_layout = y_layout
-        self.xs, self.ys = leaves_of(x_layout, x), leaves_of(y_layout, y)
+        self.xs = leaves_of(x_layout, x) if xs is None else xs
+        held = held or y.numel() < LARGE
+        self.ys = leaves_of(y_layout, y) if held else sources(y_layout, y)
+        self.ends: list[Any] = list(self.ys) if held else [get_gradient_edge(leaf) for leaf in self.ys]
         with torch.enable_grad(), kernel:
             value = evaluate(self.xs, self.ys)
             found = gradients([value], self.ys, create_graph=True)
@@ -121,7 +162,7 @@ class DoubleBackward(SecondDerivatives):
         self.edge = get_gradient_edge(self.traced) if self.traced.requires_grad else None
         self.value, self.gradient = value.detach(), self.traced.detach()
 
-    def _pull(self, inputs: Leaves, v: Tensor, **options: bool) -> list[Tensor | None]:
+    def _pull(self, inputs: Sequence[Any], v: Tensor, **options: bool) -> list[Tensor | None]:
         """Return d<gradient, v>/d(inputs)."""
         if self.edge is None:
             return [None] * len(inputs)
@@ -129,7 +170,7 @@ class DoubleBackward(SecondDerivatives):
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v by one backward pass over the retained graph."""
-        return join(self._y_layout, self._pull(self.ys, v, retain_graph=True), (), v)
+        return join(self._y_layout, self._pull(self.ends, v, retain_graph=True), (), v)
 
     def hvps(self, vectors: Tensor, chunk: int) -> Tensor:
         """Return H applied to k vectors, `chunk` at a time in one vectorized backward pass."""
@@ -137,7 +178,7 @@ class DoubleBackward(SecondDerivatives):
             return super().hvps(vectors, chunk)
         parts = []
         for part in vectors.split(chunk):
-            found = self._pull(self.ys, part, retain_graph=True, is_grads_batched=True)
+            found = self._pull(self.ends, part, retain_graph=True, is_grads_batched=True)
             parts.append(join(self._y_layout, found, part.shape[:1], part))
         return torch.cat(parts)
 
@@ -147,8 +188,8 @@ class DoubleBackward(SecondDerivatives):
 
     def both_products(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return H v and J^T v by one backward pass, which frees the graph."""
-        found = self._pull([*self.ys, *self.xs], v)
-        in_y, in_x = found[: len(self.ys)], found[len(self.ys) :]
+        found = self._pull([*self.ends, *self.xs], v)
+        in_y, in_x = found[: len(self.ends)], found[len(self.ends) :]
         return join(self._y_layout, in_y, (), v), in_x
 
 
@@ -236,12 +277,31 @@ class Differences(SecondDerivatives):
 
 
 def second_derivatives(
-    way: str, evaluate: Evaluate, x_layout: Layout, y_layout: Layout, x: Tensor, y: Tensor
+    way: str,
+    evaluate: Evaluate,
+    x_layout: Layout,
+    y_layout: Layout,
+    x: Tensor,
+    y: Tensor,
+    *,
+    held: bool = True,
+    xs: list[Tensor] | None = None,
 ) -> SecondDerivatives:
-    """Differentiate twice in the way named by `Problem.hvp` (any but "auto")."""
+    """Differentiate twice in the way named by `Problem.hvp` (any but "auto").
+
+    Args:
+        way: which.
+        evaluate: the lower objective.
+        x_layout: layout of x.
+        y_layout: layout of y.
+        x: `[p]`.
+        y: `[d]` or `[m, d]`.
+        held: for double backward: whether the graph may keep y alive; see `DoubleBackward`.
+        xs: for double backward: leaves of x to use, where many graphs share them.
+    """
     if way == "forward_over_reverse":
         return ForwardOverReverse(evaluate, x_layout, y_layout, x, y)
     if way == "differences":
         return Differences(evaluate, x_layout, y_layout, x, y)
     plain = way == "math_attention"
-    return DoubleBackward(evaluate, x_layout, y_layout, x, y, plain_attention=plain)
+    return DoubleBackward(evaluate, x_layout, y_layout, x, y, plain_attention=plain, held=held, xs=xs)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from bilevel import solvers
 from bilevel.costs import Cost, Sizes, cost_of
+from bilevel.data import Episodes
 from bilevel.facts import Facts, described, measured
 from bilevel.hypergradients import Implicit
 from bilevel.layout import Variables
@@ -219,11 +220,12 @@ Candidate: TypeAlias = tuple[str, Solver[Any], str]
 def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, steps: int) -> Iterator[Candidate]:
     """Yield what to take, and why, the best first; the first that accepts the problem is recommended."""
     if facts.only_through_training is not None:
-        alone = "x acts through training alone, so training itself is differentiated"
-        if lower is None and problem.lower_init is not None and problem.blocks is not None:
-            yield "maml()", maml(), f"{alone}, on fresh tasks in each step; its lr is to be set"
-        elif lower is not None or problem.lower_init is not None:
-            yield _trained(lower, steps, alone)
+        if problem.blocks is not None and problem.lower_init is not None and lower is None:
+            held = problem.lower_data.steps if isinstance(problem.lower_data, Episodes) else 1
+            name = f"maml(lower_steps={held})" if held > 1 else "maml()"
+            yield name, maml(lower_steps=held), f"x is the start from which {problem.blocks} tasks are adapted to"
+        if lower is not None or problem.lower_init is not None:
+            yield _trained(lower, steps, "x acts through training alone, so training itself is differentiated")
     elif "constraint" in facts.parts or "equality" in facts.parts:
         yield from _constrained(problem, facts)
     elif facts.parts:

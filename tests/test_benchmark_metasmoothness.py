@@ -13,6 +13,7 @@ from benchmarks import metasmoothness
 from benchmarks.metasmoothness import ADAM, PLAIN, REMEDIES, Run, Setup
 
 
+@pytest.mark.slow
 def test_rows_have_their_keys_and_figures(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     names = ["none: SGD, relu, max pooling", "GELU, average pooling, lr / 4"]

@@ -106,6 +106,8 @@ class SGD(Optimizer[SGDState]):
             after = plus(y, lr, direction, -1)
         learned = [f for f in factors if isinstance(f, Tensor) and f.requires_grad]
         wanted = [isinstance(f, Tensor) and f.requires_grad for f in factors]
+        # What `pull` names it keeps alive.
+        decayed = y if wanted[2] else None
 
         def pull(a: Tensor, buffers: tuple[Tensor, ...]) -> Pulled:
             # c: cotangent of the buffer; h: of the gradient with its decay; -lr a: of the direction.
@@ -119,8 +121,8 @@ class SGD(Optimizer[SGDState]):
                 if wanted[1]:
                     slope = _dot(c, state.buffer) if state.step > 0 else a.new_zeros(())
                     slopes.append(slope - lr * _dot(a, buffer) if self.nesterov else slope)
-            if wanted[2]:
-                slopes.append(_dot(h, y))
+            if decayed is not None:
+                slopes.append(_dot(h, decayed))
             in_y = a if is_zero(self.weight_decay) else plus(a, decay, h)
             return Pulled(in_y, -h if self.maximize else h, (before,), tuple(slopes))
 

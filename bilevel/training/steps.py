@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,7 @@ class Training:
     def linearize(self, step: int, state: TrainingState) -> tuple[TrainingState, Callable[[Cotangent], Cotangent]]:
         """Return the state after a step, and the map that pulls a cotangent back through it."""
         oracles, y = self.oracles, state.y
-        core = self._linearized(step, y) if self.microbatches == 1 else None
+        core = self._linearized(step, y, held=False) if self.microbatches == 1 else None
         if core is not None:
             oracles.count(gradients=1)
         if isinstance(core, DoubleBackward):
@@ -70,7 +71,8 @@ class Training:
             formula = self.optimizer.linearized(y, gradient, state.optimizer, oracles.x_layout.nest(core.xs))
             if formula is not None:
                 after = TrainingState(formula.y.detach(), formula.state)
-                return after, _ByFormula(self, step, y, core.edge, formula.learned, formula.pull, core.xs, core.ys)
+                kept = None if oracles.problem.regularizer is None else y
+                return after, _ByFormula(self, step, kept, core.edge, formula.learned, formula.pull, core.xs, core.ends)
         return self._by_graph(step, state, core)
 
     def _by_graph(
@@ -91,14 +93,15 @@ class Training:
             after_y, after = self.optimizer.update(before[0], gradient, optimizer_state, oracles.x_layout.nest(xs))
         outputs = [after_y, *tensors_of(after)]
         pullback = _ByGraph(
-            self, step, y,
+            self, step,
+            y=None if one_graph and oracles.problem.regularizer is None else y,
             core=None if one_graph else core,
             ends=[None if not t.requires_grad else get_gradient_edge(t) for t in outputs],
             starts=[get_gradient_edge(t) for t in before],
             like=[(t.shape, t.dtype, t.device) for t in before],
             middle=None if one_graph and self._declared.regularizer is None else get_gradient_edge(traced),
             xs=xs,
-            ys=core.ys if isinstance(core, DoubleBackward) else [],
+            ys=core.ends if isinstance(core, DoubleBackward) else [],
         )  # fmt: skip
         return TrainingState(outputs[0].detach(), with_tensors(after, [t.detach() for t in outputs[1:]])), pullback
 
@@ -149,9 +152,9 @@ class Training:
         self, step: int, a: Cotangent, y: Tensor, buffers: tuple[Tensor, ...], added: Tensor | None
     ) -> Cotangent:
         """Return the cotangent before a step, or say where it ceased to be finite."""
-        size = y.norm()
-        contribution = size.new_zeros(()) if added is None else added.norm()
-        if not bool((size + contribution).isfinite()):
+        size = torch.linalg.vector_norm(y)
+        contribution = torch.zeros_like(size) if added is None else torch.linalg.vector_norm(added)
+        if not math.isfinite(size + contribution):
             layout = self.oracles.y_layout if not bool(size.isfinite()) else self.oracles.x_layout
             flat = y.reshape(-1, layout.size) if not bool(size.isfinite()) else added
             assert flat is not None
@@ -167,10 +170,12 @@ class Training:
 
     # -- the gradient and its products, whole or in parts ------------------------------------------------------------
 
-    def _linearized(self, step: int, y: Tensor, rows: slice | None = None) -> SecondDerivatives:
+    def _linearized(self, step: int, y: Tensor, rows: slice | None = None, *, held: bool = True) -> SecondDerivatives:
         oracles = self.oracles
         evaluate = oracles.lower_at(self.first_batch + step, rows)
-        return second_derivatives(oracles.way, evaluate, oracles.x_layout, oracles.y_layout, self.x, y)
+        return second_derivatives(
+            oracles.way, evaluate, oracles.x_layout, oracles.y_layout, self.x, y, held=held, xs=self._xs
+        )
 
     def _gradient(self, step: int, y: Tensor) -> Tensor:
         oracles, number = self.oracles, self.first_batch + step
@@ -232,6 +237,11 @@ class Training:
     def _nested(self) -> Any:
         return self.oracles.x_layout.unflatten(self.x)
 
+    @cached_property
+    def _xs(self) -> list[Tensor]:
+        """The leaves of x: the graphs of all steps end at the same ones."""
+        return leaves_of(self.oracles.x_layout, self.x)
+
 
 @dataclass(frozen=True)
 class _ByFormula:
@@ -240,22 +250,22 @@ class _ByFormula:
     Args:
         training: whose step.
         step: which.
-        y: before it.
+        y: before it, where a regularizer needs it.
         edge: of the graph of the traced gradient, None if that is constant.
         learned: hyperparameters with a graph.
         formula: the transposed derivative of the update.
         xs: the leaves of x.
-        ys: the leaves of y in the graph of the gradient.
+        ys: the places of y in the graph of the gradient.
     """
 
     training: Training
     step: int
-    y: Tensor
+    y: Tensor | None
     edge: GradientEdge | None
     learned: tuple[Tensor, ...]
     formula: Callable[[Tensor, tuple[Tensor, ...]], Pulled]
     xs: list[Tensor]
-    ys: list[Tensor]
+    ys: list[Any]
 
     def __call__(self, a: Cotangent) -> Cotangent:
         oracles = self.training.oracles
@@ -269,7 +279,7 @@ class _ByFormula:
             # Several leaves were just concatenated; the product of a single one may be u itself.
             product, in_x = join(oracles.y_layout, found[: len(self.ys)], (), y), list(found[len(self.ys) :])
             y = product.add_(y) if len(self.ys) > 1 else product + y
-        if oracles.problem.regularizer is not None:
+        if self.y is not None:
             in_y, more = self.training.declared_products(self.y, u)
             y, in_x = y + in_y, _added(in_x, more)
         added = None if all(g is None for g in in_x) else join(oracles.x_layout, in_x, (), a.x)
@@ -283,26 +293,26 @@ class _ByGraph:
     Args:
         training: whose step.
         step: which.
-        y: before it.
+        y: before it, where products need it.
         core: gives products with H and J, where they are not part of the graph.
         ends: the weights and buffers after the step, None where nothing differentiable leads there.
         starts: those before the step, in the update alone.
         like: shape, dtype and device of each.
         middle: the gradient, where products with what led to it are added here.
         xs: the leaves of x.
-        ys: the leaves of y in the graph of the gradient.
+        ys: the places of y in the graph of the gradient.
     """
 
     training: Training
     step: int
-    y: Tensor
+    y: Tensor | None
     core: SecondDerivatives | None
     ends: list[GradientEdge | None]
     starts: list[GradientEdge]
     like: list[tuple[torch.Size, torch.dtype, torch.device]]
     middle: GradientEdge | None
     xs: list[Tensor]
-    ys: list[Tensor]
+    ys: list[Any]
 
     def __call__(self, a: Cotangent) -> Cotangent:
         oracles, count = self.training.oracles, len(self.starts)
@@ -321,6 +331,7 @@ class _ByGraph:
             y = y + join(oracles.y_layout, found[count : count + len(self.ys)], (), y)
         u = found[-1] if middle else None
         if u is not None:
+            assert self.y is not None
             multiply = self.training.declared_products if self.ys else self._products
             in_y, more = multiply(self.y, u)
             y, in_x = y + in_y, _added(in_x, more)

@@ -85,6 +85,7 @@ def test_the_largest_eigenvalue_is_that_of_the_hessian() -> None:
     assert largest_eigenvalue(lambda x: x @ a @ x / 2, torch.ones(3).double()) == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 def test_a_search_lowers_the_validation_loss_and_moves_x() -> None:
     task = cell_search(channels=4)
     solver = bilevel.darts(0.05, order=2, upper=bilevel.Adam(0.02))
