@@ -13,7 +13,9 @@ from bilevel.compare import compare, describe, spread, steps_for
 from bilevel.loop import solve
 from bilevel.names import DEFAULTS, chosen, first_line, make_task, problem_makers, solver_makers
 from bilevel.plan import plan
+from bilevel.problems import Task
 from bilevel.report import Row, table, write_json
+from bilevel.solvers import Metagradient
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
@@ -41,14 +43,22 @@ def _list(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    print(plan(task.problem, task.x0, task.y0, seed=options.seed))
+    print(plan(task.problem, task.x0, task.y0, seed=options.seed, **_training(task)))
     return 0
+
+
+def _training(task: Task) -> dict[str, Any]:
+    """Return the lower optimizer of a task that is made for differentiated training, as `plan` takes it."""
+    match task.solver:
+        case Metagradient(lower=lower, lower_steps=steps):
+            return {"lower": lower, "lower_steps": steps}
+    return {}
 
 
 def _run(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
     if options.solver == "auto":
-        found = plan(task.problem, task.x0, task.y0, seed=options.seed)
+        found = plan(task.problem, task.x0, task.y0, seed=options.seed, **_training(task))
         print(f"auto: {found.recommended}, because {found.reason}")
         asked: Mapping[str, Solver[Any]] = {str(found.recommended): found.solver()}
     else:
