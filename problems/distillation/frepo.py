@@ -68,7 +68,7 @@ class FRePo(Solver[FRePoState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(8, shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, start="noise", loss="mse", batch_size=None)
         >>> solution = bilevel.solve(task.problem, FRePo(network, upper=bilevel.Adam(0.1)), task.x0, task.y0, steps=40)

@@ -99,7 +99,7 @@ class RCIG(Solver[RCIGState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(8, shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, loss="mse", learn_temperature=True, batch_size=None)
         >>> solver = RCIG(network, linear=bilevel.CG(), upper=bilevel.Adam(0.01), pool=dd.Pool(1))

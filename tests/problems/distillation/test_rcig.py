@@ -10,6 +10,7 @@ import torch
 
 import bilevel
 from bilevel.dry_run import open_oracles
+from bilevel.problems import Part
 from bilevel.problems import distillation as dd
 from bilevel.problems.distillation.rates import Rate, adam_on_quadratic
 from bilevel.problems.distillation.rcig import clipped, margin
@@ -20,7 +21,7 @@ EXACT = bilevel.CG(tol=1e-14, max_steps=300)
 RATES = (Rate(1e-3), Rate(1e-3))
 
 
-def stated(data: dd.Part, network: dd.Network, *, temperature: bool = True, ipc: int = 2) -> dd.Distillation:
+def stated(data: Part, network: dd.Network, *, temperature: bool = True, ipc: int = 2) -> dd.Distillation:
     task = dd.distillation(
         data, network, ipc=ipc, loss="mse", learn_targets=True, learn_temperature=temperature, batch_size=None
     )
@@ -42,7 +43,7 @@ def test_the_ridge_head_minimizes_its_objective() -> None:
         ridge_head(features * float("nan"), targets, 0.1)
 
 
-def test_the_inner_objective_is_stationary_in_the_head(data: dd.Part, network: dd.Network) -> None:
+def test_the_inner_objective_is_stationary_in_the_head(data: Part, network: dd.Network) -> None:
     # g is stated with the best head; moving that head by hand must not change it to first order.
     task, solver = stated(data, network), dd.RCIG(network, l2=0.1)
     weights = network.start(3, torch.float64)
@@ -61,7 +62,7 @@ def test_the_inner_objective_is_stationary_in_the_head(data: dd.Part, network: d
 
 @pytest.mark.parametrize("temperature", [True, False])
 def test_the_hypergradient_is_the_derivative(
-    data: dd.Part, network: dd.Network, temperature: bool, difference: Callable[..., list[float]]
+    data: Part, network: dd.Network, temperature: bool, difference: Callable[..., list[float]]
 ) -> None:
     task = stated(data, network, temperature=temperature)
     solver = dd.RCIG(network, l2=0.05, linear=EXACT, clip=False)
@@ -89,7 +90,7 @@ CLASS_PART = 3 * 3 * 4 + 3
 """Numbers in the head of the tiny network, which is not part of d."""
 
 
-def test_the_clip_bounds_the_implicit_part_leaf_by_leaf(data: dd.Part, network: dd.Network) -> None:
+def test_the_clip_bounds_the_implicit_part_leaf_by_leaf(data: Part, network: dd.Network) -> None:
     task = stated(data, network, ipc=4)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     free = dd.RCIG(network, l2=1e-7, linear=EXACT, clip=False)
@@ -152,7 +153,7 @@ def test_rates_follow_the_losses() -> None:
     assert after(True, False) == Rate(1.0, 2, 1)
 
 
-def test_adam_and_conjugate_gradients_agree_in_the_end(data: dd.Part, network: dd.Network) -> None:
+def test_adam_and_conjugate_gradients_agree_in_the_end(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     exact, _ = dd.RCIG(network, l2=0.5, linear=EXACT).estimate(oracles, x, y, RATES)
@@ -163,7 +164,7 @@ def test_adam_and_conjugate_gradients_agree_in_the_end(data: dd.Part, network: d
     assert rates[0].runs == rates[1].runs == 1
 
 
-def test_steps_are_replayed_and_options_act(data: dd.Part, network: dd.Network) -> None:
+def test_steps_are_replayed_and_options_act(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     base = dd.RCIG(network, lower_steps=3, linear_steps=3, pool=dd.Pool(2, (1, 2), 3), rates=dd.RateControl(trials=3))
 
@@ -186,7 +187,7 @@ def test_steps_are_replayed_and_options_act(data: dd.Part, network: dd.Network) 
     assert dd.RCIG.averaged(whole)["images"].shape == task.x0["images"].shape
 
 
-def test_outside_the_subset_nothing_moves(data: dd.Part, network: dd.Network) -> None:
+def test_outside_the_subset_nothing_moves(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     solver = dd.RCIG(network, linear=EXACT, subset=2, clip=False)
