@@ -115,12 +115,12 @@ class FRePo(Solver[FRePoState]):
         regression = Oracles(self.regression(oracles.problem), oracles.x_layout, oracles.y_layout, seed=oracles.seed)
         found = regression.upper_gradient(x, y, upper_step)
         oracles.count(gradients=regression.counts.gradients)
-        nothing = torch.zeros_like(found.value)
+        nothing = torch.zeros_like(found.value)  # the regression is solved in closed form
         certificate = Certificate(
             Status.CONVERGED, torch.full_like(found.value, float("nan")), nothing, None, None, None, None,
             oracles.counts - before,
         )  # fmt: skip
-        return Estimate(found.x, found.value, nothing, y, certificate)
+        return Estimate(found.x, found.value, oracles.lower_value(x, y, upper_step), y, certificate)
 
     def regression(self, problem: Problem) -> Problem:
         """Return the problem whose upper objective is that of the regression, at given weights."""

@@ -161,6 +161,11 @@ def test_adam_and_conjugate_gradients_agree_in_the_end(data: Part, network: dd.N
     found, rates = adam.estimate(oracles, x, y, (Rate(1e-2), Rate(1e-2)))
     assert torch.allclose(found.gradient, exact.gradient, atol=1e-3 * float(exact.gradient.norm()))
     assert float(found.certificate.residual) < 0.05
+    assert found.certificate.status is bilevel.Status.APPROXIMATE
+    assert exact.certificate.status is bilevel.Status.CONVERGED
+    wild, _ = adam.estimate(oracles, x, y, (Rate(1e-2), Rate(1e300)))
+    assert wild.certificate.status is bilevel.Status.NON_FINITE
+    assert bool(wild.gradient.isfinite().all())
     assert rates[0].runs == rates[1].runs == 1
 
 
@@ -210,3 +215,15 @@ def test_bad_options_are_refused(network: dd.Network) -> None:
     for change in ({"start": 0.0}, {"up": 1.0}, {"back": 1.0}, {"every": 0}, {"often": 2.0}, {"trials": -1}):
         with pytest.raises(InvalidProblem, match="RateControl"):
             dd.RateControl(**change)
+
+
+def test_a_session_can_be_saved_and_loaded(data: dd.Part, network: dd.Network) -> None:
+    task, solver = stated(data, network), dd.RCIG(network, linear=bilevel.CG(), pool=dd.Pool(2, (1, 2), 3))
+    sessions = [bilevel.Session(task.problem, solver, task.x0, task.y0) for _ in range(2)]
+    for _ in range(2):
+        sessions[0].step()
+    sessions[1].load_state_dict(sessions[0].state_dict())
+    for session in sessions:
+        session.step()
+    first, second = (session.x for session in sessions)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -173,7 +173,11 @@ def test_bad_networks_are_refused() -> None:
 
 def test_only_validation_data_choose(data: Part, network: dd.Network) -> None:
     synthetic = dd.random_images(data, network, 1)
-    recipes = [dd.Recipe(lr=1e-3, steps=(1, 5)), dd.Recipe(lr=0.05, steps=(2, 20)), dd.Recipe(lr=0.05, decay=1.0)]
+    recipes = [
+        dd.Recipe(lr=1e-3, steps=(1, 5)),
+        dd.Recipe(lr=0.05, steps=(2, 20)),
+        dd.Recipe(lr=0.05, steps=(9,), decay=1.0),
+    ]
     seeds = (0, 1)
 
     def judged(validation: Part, test: Part) -> dd.Evaluation:
