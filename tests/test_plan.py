@@ -29,6 +29,8 @@ RECOMMENDED: dict[str, str | None] = {
     "lasso1": "SparseDescent()", "llc": "KKT()", "mc": "BAMM()", "mci": "KKT()", "sc": "implicit(linear=Dense())",
     "shen": "implicit(linear=Dense())", "sin": "implicit(linear=Dense())", "wl": "SparseDescent()",
     "glyphs": "maml(lower_steps=3)", "sine": "maml(lower_steps=5)",
+    "feature_selection": "implicit(linear=Dense())", "long_tail": "implicit()", "coreset": "implicit()",
+    "meta_weight_net": "F2SA()", "augmentation": "F2SA()",
     "weight_decays":
         "HypergradientDescent(estimator=Implicit(linear=CG(damping=2), truncate=True), lower_steps=100)",
     # Made for training; without their lower optimizer only the problem's shape is seen.
