@@ -192,6 +192,22 @@ def wrong_task() -> Task:
     return replace(problems.scalar(), problem=wrong, x0=double(1.0), y0=double(0.0))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learning-rates", "robustness-audit"])
+def test_the_command_takes_the_estimator_of_a_task_that_trains(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", name]) == 0
+    assert "verdict" in capsys.readouterr().out
+
+
+def test_a_measured_step_length_is_kept_between_the_differences() -> None:
+    # The curvature of the lower level depends on x, and with it what SGD(lr=None) measures at its start.
+    problem = Problem(
+        upper=lambda x, y, batch: (y - 1).square().sum(), lower=lambda x, y, batch: (x.exp() * (y - 2).square()).sum()
+    )
+    report = check(problem, double(0.3, -0.5), double(0.0, 0.0), estimator=bilevel.Unrolled(steps=3, restart=True))
+    assert report.ok, report
+
+
 @pytest.mark.parametrize(("name", "code"), [("scalar", 0), ("lasso1", 1)])
 def test_the_command(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", name]) == code
