@@ -20,6 +20,8 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.status import BilevelError, Diverged, NonFinite, Status
 
+STEPS = 1000
+"""Of a lower solve, at most."""
 STEP = 1e-3
 """Length of the longer difference, for x near 1."""
 SHORTER = 3.0
@@ -178,6 +180,11 @@ class _Examined:
         """Fill in the facts, and return the verdict with what it rests on."""
         if not self.estimator.replays:
             facts["lower"] = lower = self._solved(self.x)
+            if lower.status is Status.STEP_LIMIT:
+                return Verdict.UNDECIDED, (
+                    f"the lower level is not solved after {STEPS} steps: start nearer, regularize it, or check an "
+                    "estimator that differentiates through training (estimator=Unrolled())."
+                )
             self.y = lower.y
         state = self.estimator.init(self.oracles, self.x, self.y)
         found = self._estimate(self.x, self.y, state, certify=True)
@@ -204,7 +211,7 @@ class _Examined:
         return _judged(slopes, differences, rounding / steps[1], float(h.norm()), certificate)
 
     def _solved(self, x: Tensor) -> LowerMinimum:
-        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps)
+        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=STEPS)
 
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:
         return self.estimator.estimate(
