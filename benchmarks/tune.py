@@ -59,12 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=40.0, help="CPU time of each search")
+    parser.add_argument("--train-steps", type=int, default=300, help="of each training")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     options = parser.parse_args(arguments)
     run = example().run
     rows: list[Row] = []
     for seed in range(options.seeds):
-        rows += run(seed, options.seconds)
+        rows += run(seed, options.seconds, options.train_steps)
         if options.json:
             write_json(options.json, rows)
     print(table(rows), table(spread(rows)), sep="\n\n")

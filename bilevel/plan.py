@@ -164,7 +164,8 @@ def plan(
                 troubles.append(f"{name}: {error}")
                 continue
             return Plan(facts, choices, name, reason, cost_of(solver, problem, sizes), solver)
-    return Plan(facts, choices, None, " | ".join(troubles) or str(facts.only_through_training), None, None)
+    unfit = f"{facts.only_through_training} If it acts through an optimizer, name it: plan(..., lower=SGD(...))."
+    return Plan(facts, choices, None, " | ".join(troubles) or unfit, None, None)
 
 
 # -- which solvers fit ------------------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ def tune(
         upper: optimizer of the coordinates, which lie in [0, 1]. None: `Adam(0.05)`, a twentieth of the range a step.
         solver: "auto" takes what `bilevel.plan` recommends: `Metagradient`, which trains anew in every step and
             differentiates that training, where the training loss is not convex or the optimizer is tuned; implicit
-            differentiation where it is convex.
+            differentiation where it is convex. One of your own brings its upper optimizer; a `Metagradient` gets
+            `optimizer` and `train_steps` from here.
         max_seconds: stop after the step that exceeds this wall time.
         callbacks: called after each step with an `Event`; one that returns True stops the search.
         progress: show a bar; None shows one on a terminal only.
@@ -161,6 +162,10 @@ def tune(
         True
     """
     _check(steps, train_steps, weight_decay)
+    if upper is not None and isinstance(solver, Solver):
+        raise InvalidProblem(
+            "upper belongs to a solver of your own: give it there, as in Metagradient(upper=Adam(0.1))."
+        )
     upper = Adam(0.05) if upper is None else upper
     check_upper(upper)
     if optimizer is not None and not isinstance(optimizer, Optimizer):
@@ -223,6 +228,8 @@ def _loss(model: nn.Module, loss: Any, examples: Training, held: Held, *, indexe
 def _solver(
     statement: Statement, solver: Solver[Any] | str, upper: Optimizer[Any], seed: int
 ) -> tuple[Plan | None, Solver[Any]]:
+    if isinstance(solver, Metagradient):
+        return None, replace(solver, lower=statement.optimizer, lower_steps=statement.train_steps)
     if isinstance(solver, Solver):
         return None, solver
     if solver != "auto":

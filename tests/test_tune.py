@@ -399,6 +399,11 @@ def test_a_solver_of_ones_choice_callbacks_and_time() -> None:
     assert seen == [1, 2]
     assert tuned.status.name == "STOPPED"
     assert tune({"weight_decay": DECAY}, steps=9, max_seconds=0.0).status.name == "TIME_LIMIT"
+    own = bilevel.Metagradient(upper=bilevel.Sign(0.1), schedule=bilevel.Binomial(4))
+    learned = tune({"lr": Real(1e-2, 1e-1, log=True)}, network(), solver=own, train_steps=6, steps=2)
+    assert isinstance(learned.solver, bilevel.Metagradient)
+    assert (learned.solver.lower_steps, learned.solver.schedule) == (6, bilevel.Binomial(4))
+    assert learned.values["lr"] != pytest.approx(10**-1.5)
     adam = tune({"lr": Real(1e-3, 1e-1, log=True)}, network(), optimizer=bilevel.Adam(1e-2, eps_root=1e-8))
     assert isinstance(adam.solver.lower, bilevel.Adam)  # type: ignore[attr-defined]
     assert adam.validation["loss"] <= adam.initial
@@ -528,6 +533,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a solver by name": (lambda: tune(OK, solver="implicit"), InvalidProblem, "or 'auto'"),
     "an optimizer of torch": (
         lambda: tune(OK, optimizer=torch.optim.SGD(linear().parameters(), 0.1)), InvalidProblem, "from_torch"),
+    "two upper optimizers": (
+        lambda: tune(OK, upper=bilevel.Adam(0.1), solver=bilevel.implicit()), InvalidProblem, "belongs to a solver"),
+    "a rate that a solver does not see": (
+        lambda: tune({"lr": Real(0.01, 0.1)}, solver=bilevel.implicit()), InvalidProblem, "'lr'"),
     "an upper optimizer that is none": (lambda: tune(OK, upper=0.1), InvalidProblem, "upper must be an Optimizer"),
 }  # fmt: skip
 
