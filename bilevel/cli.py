@@ -10,6 +10,7 @@ from typing import Any
 
 from bilevel.check import check
 from bilevel.compare import compare, describe, spread, steps_for
+from bilevel.hypergradients import Estimator
 from bilevel.loop import solve
 from bilevel.names import DEFAULTS, chosen, first_line, make_task, problem_makers, solver_makers, wrong
 from bilevel.plan import plan
@@ -17,7 +18,7 @@ from bilevel.problems import Task
 from bilevel.problems._fetch import cached, fetch, folder
 from bilevel.problems._sources import SOURCES
 from bilevel.report import Row, table, write_json
-from bilevel.solvers import Metagradient
+from bilevel.solvers import HypergradientDescent, Metagradient
 from bilevel.solvers._base import Solver
 from bilevel.status import BilevelError, InvalidProblem
 
@@ -120,7 +121,12 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     task = make_task(options.problem)(options.seed)
-    report = check(task.problem, task.x0, task.y0, seed=options.seed)
+    solver = task.solver
+    # Where x acts through training, there is no other hypergradient than that of its solver.
+    estimator: Estimator | None = None
+    if isinstance(solver, HypergradientDescent | Metagradient) and solver.replays:
+        estimator = solver.estimator
+    report = check(task.problem, task.x0, task.y0, estimator=estimator, seed=options.seed)
     print(report)
     return 0 if report.ok else 1
 

@@ -193,7 +193,7 @@ def _(solver: HypergradientDescent, problem: Problem, sizes: Sizes) -> Calls | N
 
 @calls_of.register
 def _(solver: Metagradient, problem: Problem, sizes: Sizes) -> Calls | None:
-    estimator = solver._estimator()
+    estimator = solver.estimator
     return _unrolled(estimator, sizes) if isinstance(estimator, Unrolled) else None
 
 

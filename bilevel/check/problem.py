@@ -20,6 +20,8 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.status import BilevelError, Diverged, NonFinite, Status
 
+STEPS = 1000
+"""Of a lower solve, at most."""
 STEP = 1e-3
 """Length of the longer difference, for x near 1."""
 SHORTER = 3.0
@@ -178,6 +180,11 @@ class _Examined:
         """Fill in the facts, and return the verdict with what it rests on."""
         if not self.estimator.replays:
             facts["lower"] = lower = self._solved(self.x)
+            if lower.status is Status.STEP_LIMIT:
+                return Verdict.UNDECIDED, (
+                    f"the lower level is not solved after {STEPS} steps: start nearer, regularize it, or check an "
+                    "estimator that differentiates through training (estimator=Unrolled())."
+                )
             self.y = lower.y
         state = self.estimator.init(self.oracles, self.x, self.y)
         found = self._estimate(self.x, self.y, state, certify=True)
@@ -197,14 +204,14 @@ class _Examined:
             )
         v = self._direction(h)
         rounding = self._rounding(upper.value, upper.y, certificate, facts.get("lower"))
-        slopes, differences, steps, failed = self._differences(h, v, rounding)
+        slopes, differences, steps, failed = self._differences(h, v, rounding, state)
         facts |= {"slope": slopes[1], "differences": differences, "steps": steps}
         if failed is not None:
             return Verdict.UNDECIDED, f"near x the lower level could not be solved ({failed.name.lower()})."
         return _judged(slopes, differences, rounding / steps[1], float(h.norm()), certificate)
 
     def _solved(self, x: Tensor) -> LowerMinimum:
-        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps)
+        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=STEPS)
 
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:
         return self.estimator.estimate(
@@ -227,7 +234,7 @@ class _Examined:
         return error
 
     def _differences(
-        self, h: Tensor, v: Tensor, rounding: float
+        self, h: Tensor, v: Tensor, rounding: float, state: Any
     ) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float], Status | None]:
         """Return slopes by h and by differences of F at two step sizes, these, and how a lower solve failed."""
         reach = (1 + float(self.x.abs().mean())) / max(float(v.abs().max()), torch.finfo(v.dtype).tiny)
@@ -237,16 +244,16 @@ class _Examined:
         slopes, differences, failed = [], [], None
         for length in steps:
             ahead, behind = (self.oracles.project_x(self.x + sign * length * v) for sign in (1, -1))
-            (above, one), (below, other) = self._value(ahead), self._value(behind)
+            (above, one), (below, other) = self._value(ahead, state), self._value(behind, state)
             failed = next((s for s in (failed, one, other) if s is not None), None)
             slopes.append(float((h * (ahead - behind)).sum()) / (2 * length))
             differences.append((above - below) / (2 * length))
         return (slopes[0], slopes[1]), (differences[0], differences[1]), steps, failed
 
-    def _value(self, x: Tensor) -> tuple[float, Status | None]:
+    def _value(self, x: Tensor, state: Any) -> tuple[float, Status | None]:
         """Return F(x), and the status of a lower solve that failed."""
         if self.estimator.replays:
-            state = self.estimator.init(self.oracles, x, self.y)
+            # The same start, and the same step length where it was measured: h is the derivative of that training.
             return float(self._estimate(x, self.y, state, certify=False).upper_value), None
         try:
             lower = self._solved(x)

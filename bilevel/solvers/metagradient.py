@@ -95,7 +95,7 @@ class Metagradient(Solver[MetagradientState]):
     def __post_init__(self) -> None:
         if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
             raise InvalidProblem(f"upper must be an Optimizer such as Sign(0.1), got {self.upper!r}.")
-        self._estimator()
+        _ = self.estimator  # which checks the rest
 
     @property
     def replays(self) -> bool:
@@ -105,7 +105,7 @@ class Metagradient(Solver[MetagradientState]):
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> MetagradientState:
         """Return the state before the first training; every training starts from y, or from `lower_init(x)`."""
         self.refuse(oracles.problem)
-        estimator = self._estimator().init(oracles, x, y)
+        estimator = self.estimator.init(oracles, x, y)
         return MetagradientState(x, y, 0, self.upper.init(x), estimator, None)
 
     def step(self, oracles: Oracles, state: MetagradientState) -> MetagradientState:
@@ -130,11 +130,13 @@ class Metagradient(Solver[MetagradientState]):
         return replace(self, upper=self.upper.scaled(factor))
 
     def _estimate(self, oracles: Oracles, state: MetagradientState, *, certify: bool) -> tuple[Estimate, Any]:
-        return self._estimator().estimate(
+        return self.estimator.estimate(
             oracles, state.x, state.y, state.estimator, upper_step=state.step, certify=certify
         )
 
-    def _estimator(self) -> Unrolled | PoolGradient:
+    @property
+    def estimator(self) -> Unrolled | PoolGradient:
+        """The estimator of its metagradients."""
         common: dict[str, Any] = {
             "lower": self.lower, "steps": self.lower_steps, "restart": True, "fresh": self.fresh,
             "schedule": self.schedule, "store": self.store, "microbatches": self.microbatches,

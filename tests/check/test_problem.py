@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def test_a_lower_level_without_a_solution_is_a_report() -> None:
     assert "unbounded" in str(report)
 
 
+def test_a_lower_level_that_is_not_solved_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["bilevel.check.problem"], "STEPS", 3)
+    bent = quadratic(lower=lambda x, y, batch: ((y - x).exp() - y).sum() + (y[0] * y[1] - x.sum()).square())
+    report = check(bent, double(1.0, 0.5), double(4.0, -3.0))
+    assert report.verdict is Verdict.UNDECIDED
+    assert "not solved" in report.message
+
+
 def test_a_linear_solve_that_fails_is_a_report() -> None:
     # At its minimum this lower objective has no curvature.
     flat = quadratic(lower=lambda x, y, batch: (y - x).pow(4).sum())
@@ -190,6 +199,22 @@ def test_blocks_and_float32() -> None:
 def wrong_task() -> Task:
     wrong = quadratic(upper=lambda x, y, batch: Bent.apply(y, x))  # type: ignore[no-untyped-call]
     return replace(problems.scalar(), problem=wrong, x0=double(1.0), y0=double(0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["learning-rates", "robustness-audit"])
+def test_the_command_takes_the_estimator_of_a_task_that_trains(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", name]) == 0
+    assert "verdict" in capsys.readouterr().out
+
+
+def test_a_measured_step_length_is_kept_between_the_differences() -> None:
+    # The curvature of the lower level depends on x, and with it what SGD(lr=None) measures at its start.
+    problem = Problem(
+        upper=lambda x, y, batch: (y - 1).square().sum(), lower=lambda x, y, batch: (x.exp() * (y - 2).square()).sum()
+    )
+    report = check(problem, double(0.3, -0.5), double(0.0, 0.0), estimator=bilevel.Unrolled(steps=3, restart=True))
+    assert report.ok, report
 
 
 @pytest.mark.parametrize(("name", "code"), [("scalar", 0), ("lasso1", 1)])
