@@ -131,8 +131,8 @@ class DoubleBackward(SecondDerivatives):
         ys: those of y.
         traced: the flat gradient with its graph.
         edge: its place in the graph, None if it is constant.
-        ends: the places of ys in the graph. With `held=False` ys are no leaves but outputs of a node that holds no
-            values, so that y may be freed before the graph is.
+        ends: the places of ys in the graph. With `held=False` and a large y most of which is one leaf, ys are no leaves
+            but outputs of a node that holds no values, so that y may be freed before the graph is.
     """
 
     def __init__(
@@ -151,7 +151,8 @@ class DoubleBackward(SecondDerivatives):
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
         self._y_layout = y_layout
         self.xs = leaves_of(x_layout, x) if xs is None else xs
-        held = held or y.numel() < LARGE
+        # Of many large leaves, operations save some; then y stays alive all the same.
+        held = held or y.numel() < LARGE or 2 * max(y_layout.sizes) < y_layout.size
         self.ys = leaves_of(y_layout, y) if held else sources(y_layout, y)
         self.ends: list[Any] = list(self.ys) if held else [get_gradient_edge(leaf) for leaf in self.ys]
         with torch.enable_grad(), kernel:

@@ -22,10 +22,10 @@ task = dd.distillation(train, network, ipc=1, loss="mse", learn_targets=True, le
 solver = dd.RCIG(
     network,
     linear=bilevel.CG(max_steps=8),
-    upper=dd.AdaBelief(3e-2),
+    upper=dd.AdaBelief(0.1),
     pool=dd.Pool(10, (1, 15), 100, bilevel.Adam(5e-4)),
 )
-solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=3 if options.small else 150)
+solution = bilevel.solve(task.problem, solver, task.x0, task.y0, steps=3 if options.small else 120)
 distilled = task.synthetic(dd.RCIG.averaged(solution))
 
 # Judge all alike: three fresh networks, steps chosen on validation data, then the test data.

@@ -26,7 +26,7 @@ STRUCTURES = {
     "decays": ["shared", "group", "feature"],
     "misfit": ["squares", "huber"],
 }
-HEARTBEAT, GRACE = 0.5, 3.0  # seconds; minutes in real life
+HEARTBEAT, GRACE = 0.4, 2.0  # seconds; minutes in real life
 
 
 def features(kind: str) -> torch.Tensor:
@@ -94,6 +94,7 @@ def main(trials: int, steps: int) -> None:
     me = [sys.executable, __file__, "--worker", "--trials", str(trials), "--steps", str(steps)]
     victim = subprocess.Popen(me, env=os.environ | {"SLOW": "1"})
     while not any(trial.params for trial in study.trials):
+        assert victim.poll() is None, "the first worker ended before it began a trial"
         time.sleep(0.1)
     survivor = subprocess.Popen(me)
     victim.send_signal(signal.SIGKILL)

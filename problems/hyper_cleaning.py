@@ -54,12 +54,7 @@ def noisy_digits(seed: int = 0, train: int = TRAIN, validation: int = 1000, nois
         noise: probability, 0 to 1.
     """
     data = mnist()
-    fixed = torch.Generator().manual_seed(TEST)
-    each = [torch.nonzero(data.targets == digit).flatten() for digit in range(10)]
-    held = torch.cat([rows[torch.randperm(len(rows), generator=fixed)[: TEST // 10]] for rows in each])
-    free = torch.ones(len(data.targets), dtype=torch.bool)
-    free[held] = False
-    rest = torch.nonzero(free).flatten()
+    rest, held = apart()
     generator = torch.Generator().manual_seed(seed)
     order = rest[torch.randperm(len(rest), generator=generator)]
     rows, checked = order[:train], order[train : train + validation]
@@ -70,6 +65,17 @@ def noisy_digits(seed: int = 0, train: int = TRAIN, validation: int = 1000, nois
         data.inputs[rows], given, true, replaced, Part(data.inputs[checked], data.targets[checked]),
         Part(data.inputs[held], data.targets[held]),
     )  # fmt: skip
+
+
+def apart() -> tuple[Tensor, Tensor]:
+    """Return which of the 5,000 digits are free to train and validate on, and which 1,000 test: always the same."""
+    labels = mnist().targets
+    fixed = torch.Generator().manual_seed(TEST)
+    each = [torch.nonzero(labels == digit).flatten() for digit in range(10)]
+    held = torch.cat([rows[torch.randperm(len(rows), generator=fixed)[: TEST // 10]] for rows in each])
+    free = torch.ones(len(labels), dtype=torch.bool)
+    free[held] = False
+    return torch.nonzero(free).flatten(), held
 
 
 def hyper_cleaning(seed: int = 0, *, decay: float = 0.01) -> Task:

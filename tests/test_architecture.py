@@ -46,7 +46,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-OPTIONAL = {"matplotlib", "pandas", "tqdm", "sklearn", "mlxtend", "scipy", "optuna"}
+OPTIONAL = {"matplotlib", "pandas", "tqdm", "sklearn", "mlxtend", "scipy", "optuna", "pyarrow"}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

@@ -88,6 +88,11 @@ def test_a_problem_that_no_solver_fits_is_refused_with_advice(
     [
         (["run", "nothing"], "no problem 'nothing'; there are"),
         (["run", "quadratic", "--solver", "magic"], "no solver 'magic'; there are"),
+        (["run", "ridg"], "no problem 'ridg'; did you mean 'ridge'?"),
+        (["run", "quadratic", "--solver", "neuman(terms=3)"], "no solver 'neuman'; did you mean 'neumann'?"),
+        (["run", "quadratic", "--solver", "implicit(upper=Adm(lr=1))"], "did you mean 'Adam'"),
+        (["run", "quadratic", "--solver", "implicit(upper=Adam(1))"], "name each option"),
+        (["run", "quadratic", "--solver", "implicit(upper=Adam(speed=1))"], "speed"),
         (["run", "quadratic", "--solver", "implicit(speed=3)"], "speed"),
         (["run", "quadratic", "--solver", "implicit(linear=__import__('os'))"], "cannot read solvers"),
         (["run", "quadratic", "--solver", "implicit,amigo"], "run takes one solver"),
@@ -165,6 +170,31 @@ def test_compare_times_how_long_the_others_take_to_what_the_first_reached() -> N
     assert 0 < first["seconds_to_first"] <= first["seconds"]
     assert short["seconds_to_first"] is None
     assert 0 < same["seconds_to_first"] <= same["seconds"]
+
+
+def test_parts_of_solvers_have_options_of_their_own() -> None:
+    (solver,) = cli.parse_solvers("implicit(linear=CG(max_steps=7), upper=SGD(lr=0.5), clip_norm=2.0)").values()
+    assert solver == bilevel.implicit(linear=bilevel.CG(max_steps=7), upper=bilevel.SGD(0.5), clip_norm=2.0)
+    (nested,) = cli.parse_solvers("HypergradientDescent(estimator=Implicit(linear=Neumann(terms=2)))").values()
+    assert nested == bilevel.HypergradientDescent(estimator=bilevel.Implicit(linear=bilevel.Neumann(terms=2)))
+
+
+def test_a_task_may_name_its_solvers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "sine", "--steps", "2"]) == 0
+    assert "maml(" in capsys.readouterr().out
+    assert cli.main(["compare", "sine", "--steps", "1"]) == 0
+    assert "first_order=True" in capsys.readouterr().out
+    assert cli.main(["run", "sine", "--solver", "implicit", "--steps", "2"]) == 2
+    assert "lower_init" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["compare"], ["data"]])
+def test_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--help"])
+    examples = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  bilevel ")]
+    assert len(examples) >= 2
+    assert all(len(line) <= 120 for line in examples)
 
 
 def test_solver_texts_are_parsed_not_evaluated() -> None:

@@ -49,8 +49,8 @@ def ready(name: str) -> tuple[Task, Plan]:
 
 
 SLOW = {
-    "hyper_cleaning", "hyper_cleaning_mlp", "imaml_quadratic", "box", "lasso1", "shen", "mc", "sc",
-    "glyphs", "weight_decays", "learning_rates", "cell_search",
+    "glyphs", "weight_decays", "learning_rates", "cell_search", "hyper_cleaning", "hyper_cleaning_mlp",
+    "imaml_quadratic", "box", "lasso1", "shen", "mc", "sc",
 }  # fmt: skip
 
 
@@ -383,13 +383,3 @@ def test_the_command_line_plans_and_runs(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert out.startswith("auto: SparseDescent(), because kinks")
     assert "completed after 3 steps" in out
-
-
-def test_the_command_line_plans_with_the_training_a_task_is_made_for() -> None:
-    problem, start = network_problem()
-    x0 = torch.full((), -6.0, dtype=torch.float64)
-    made = bilevel.Metagradient(lower=SGD(0.2), lower_steps=9)
-    assert cli._training(Task("made", problem, x0, start, solvers={"made": made})) == {
-        "lower": made.lower, "lower_steps": 9
-    }  # fmt: skip
-    assert cli._training(Task("plain", problem, x0, start)) == {}

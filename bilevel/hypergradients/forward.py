@@ -30,9 +30,12 @@ class ForwardMode(Trained):
     Args:
         lower: see `Unrolled`.
         steps: see `Unrolled`.
-        restart: see `Unrolled`; without restarts the derivative of the last start is forgotten.
+        restart: see `Unrolled`; without restarts the derivative of the last start is forgotten, unless `carry`.
         fresh: see `Unrolled`.
         directions: k random directions, drawn anew for each upper step; None follows each entry of x, at most 256.
+        carry: go on with the derivatives Z of the last training, as training itself goes on: real-time hyperparameter
+            optimization. h then sees the effect of x on the whole past, though Z was in part formed at older x, whose
+            distance from the present one biases it. Needs `restart=False`, and no `directions`.
 
     Raises:
         InvalidProblem: an option is out of range, or x is too long to follow each entry.
@@ -43,7 +46,8 @@ class ForwardMode(Trained):
 
     References:
         Franceschi, Donini, Frasconi, Pontil, "Forward and reverse gradient-based hyperparameter optimization", ICML
-        2017 (Algorithm 2). Silver et al., "Learning by directional gradient descent", ICLR 2022, for random directions.
+        2017 (Algorithm 2, and its real-time form for `carry`). Silver et al., "Learning by directional gradient
+        descent", ICLR 2022, for random directions.
 
     Example:
         >>> import bilevel
@@ -55,9 +59,15 @@ class ForwardMode(Trained):
     """
 
     directions: int | None = None
+    carry: bool = False
 
     def __post_init__(self) -> None:
         self.check()
+        if self.carry and (self.restart is not False or self.directions is not None):
+            raise InvalidProblem(
+                "ForwardMode(carry=True) goes on with the derivatives of the last training: it needs restart=False, "
+                "and directions=None, as random ones are drawn anew each time."
+            )
         if self.directions is not None and self.directions < 1:
             raise InvalidProblem(f"ForwardMode(directions=...) must be at least 1 or None, got {self.directions}.")
 
@@ -86,8 +96,8 @@ class ForwardMode(Trained):
         before = oracles.counts
         training, now, after = self.begin(oracles, x, y, state, upper_step, lower_step)
         directions = self._directions(oracles, x, upper_step)
-        tangents = []
-        for v in directions:
+        tangents = list(state.memory) if self.carry and state.memory is not None else []
+        for v in directions[len(tangents) :]:
             zeros = tuple(torch.zeros_like(t) for t in tensors_of(now.optimizer))
             tangents.append(Tangent(self.start_along(oracles, x, y, v), zeros, v))
         for step in range(self.steps):
@@ -95,7 +105,7 @@ class ForwardMode(Trained):
         upper = oracles.upper_gradient(x, now.y, upper_step)
         slopes = torch.stack([(upper.y * t.y).sum() for t in tangents])
         through: Tensor = slopes @ directions
-        error = None
+        error = None if self.carry else rounding(upper.x + through, self.steps)
         if self.directions is not None:
             through = through / self.directions
             # The mean squared slope estimates the squared length of what is estimated.
@@ -103,17 +113,17 @@ class ForwardMode(Trained):
         gradient = upper.x + through
         lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.batch_after(self.steps))
         certificate = Certificate(
-            status=Status.CONVERGED if self.directions is None else Status.APPROXIMATE,
+            status=Status.CONVERGED if self.directions is None and not self.carry else Status.APPROXIMATE,
             residual=torch.full_like(upper.value, float("nan")),
             lower_gradient_norm=lower_gradient.norm(),
             curvature=None,
-            error_estimate=rounding(gradient, self.steps) if error is None else error,
+            error_estimate=error,
             lower_distance_bound=None,
             linear_distance_bound=None,
             counts=oracles.counts - before,
         )
         estimate = Estimate(gradient, upper.value, lower_value, now.y, certificate)
-        return estimate, after._replace(optimizer=now.optimizer)
+        return estimate, after._replace(optimizer=now.optimizer, memory=tuple(tangents) if self.carry else None)
 
     def _directions(self, oracles: Oracles, x: Tensor, upper_step: int) -> Tensor:
         """Return directions `[k, p]`."""

@@ -68,7 +68,7 @@ class FRePo(Solver[FRePoState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(8, shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, start="noise", loss="mse", batch_size=None)
         >>> solution = bilevel.solve(task.problem, FRePo(network, upper=bilevel.Adam(0.1)), task.x0, task.y0, steps=40)
@@ -115,12 +115,12 @@ class FRePo(Solver[FRePoState]):
         regression = Oracles(self.regression(oracles.problem), oracles.x_layout, oracles.y_layout, seed=oracles.seed)
         found = regression.upper_gradient(x, y, upper_step)
         oracles.count(gradients=regression.counts.gradients)
-        nothing = torch.zeros_like(found.value)
+        nothing = torch.zeros_like(found.value)  # the regression is solved in closed form
         certificate = Certificate(
             Status.CONVERGED, torch.full_like(found.value, float("nan")), nothing, None, None, None, None,
             oracles.counts - before,
         )  # fmt: skip
-        return Estimate(found.x, found.value, nothing, y, certificate)
+        return Estimate(found.x, found.value, oracles.lower_value(x, y, upper_step), y, certificate)
 
     def regression(self, problem: Problem) -> Problem:
         """Return the problem whose upper objective is that of the regression, at given weights."""

@@ -42,7 +42,7 @@ def implicit(
         >>> import bilevel
         >>> import torch
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> task = dd.distillation(train, dd.mlp(shape=(1, 1, 1), classes=2), start="noise", decay=0.1)
         >>> solution = bilevel.solve(task.problem, dd.implicit(upper=bilevel.Adam(0.1)), task.x0, task.y0, steps=40)
         >>> solution.x["images"].flatten().sign()

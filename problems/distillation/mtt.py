@@ -184,7 +184,7 @@ class MTT(Solver[UnrolledState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, start="noise", lr=0.1)
         >>> experts = dd.train_experts(train, network, experts=1, epochs=4, lr=0.5)

@@ -53,7 +53,7 @@ class RaTBPTT(Solver[UnrolledState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, start="noise", batch_size=None)
         >>> solver = RaTBPTT(network, unroll=5, window=3, lower=bilevel.Adam(0.1), upper=bilevel.Adam(0.1))

@@ -99,7 +99,7 @@ class RCIG(Solver[RCIGState]):
     Example:
         >>> import bilevel
         >>> from bilevel.problems import distillation as dd
-        >>> train = dd.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
+        >>> train = bilevel.problems.Part(torch.tensor([[[[-1.0]]], [[[1.0]]]]), torch.tensor([0, 1]))
         >>> network = dd.mlp(8, shape=(1, 1, 1), classes=2)
         >>> task = dd.distillation(train, network, loss="mse", learn_temperature=True, batch_size=None)
         >>> solver = RCIG(network, linear=bilevel.CG(), upper=bilevel.Adam(0.01), pool=dd.Pool(1))
@@ -183,18 +183,18 @@ class RCIG(Solver[RCIGState]):
         before, inner = oracles.counts, self.opened(oracles, y, upper_step)
         zero = x.new_zeros(inner.y_layout.size)
         first = inner.linearize_lower(x, zero)
-        d, inner_rate, _ = self._solved(first, -first.gradient, rates[0], self.lower_steps)
+        d, inner_rate, _, _ = self._solved(first, -first.gradient, rates[0], self.lower_steps)
         upper = inner.upper_gradient(x, d, upper_step)
         if not bool(upper.x.isfinite().all()):
             raise NonFinite(f"the direct part of the gradient is not finite at upper step {upper_step}.")
         last = inner.linearize_lower(x, d)
-        v, linear_rate, residual = self._solved(last, upper.y, rates[1], self.linear_steps)
+        v, linear_rate, residual, status = self._solved(last, upper.y, rates[1], self.linear_steps)
         implicit = -last.cross(v).nan_to_num(0.0, 0.0, 0.0)
         gradient = upper.x + (clipped(oracles.x_layout, implicit, upper.x) if self.clip else implicit)
         spent = inner.counts
         oracles.count(gradients=spent.gradients, hvps=spent.hvps, crosses=spent.crosses)
         certificate = Certificate(
-            Status.APPROXIMATE, residual, last.gradient.norm(), None, None, None, None, oracles.counts - before
+            status, residual, last.gradient.norm(), None, None, None, None, oracles.counts - before
         )
         return Estimate(gradient, upper.value, last.value, y, certificate), (inner_rate, linear_rate)
 
@@ -245,14 +245,15 @@ class RCIG(Solver[RCIGState]):
         """Return this solver with upper steps `factor` times as long."""
         return replace(self, upper=self.upper.scaled(factor), temperature=self.temperature.scaled(factor))
 
-    def _solved(self, lower: Linearization, b: Tensor, rate: Rate, steps: int) -> tuple[Tensor, Rate, Tensor]:
-        """Return the solution of H v = b, the next rate, and the relative residual."""
+    def _solved(self, lower: Linearization, b: Tensor, rate: Rate, steps: int) -> tuple[Tensor, Rate, Tensor, Status]:
+        """Return the solution of H v = b, the next rate, the relative residual, and how it ended."""
         if self.linear is not None:
             solution = self.linear.solve(Operator(lower.hvp, diagonal=lower.diagonal), b)
-            return solution.value, rate, solution.residual.max()
+            return solution.value, rate, solution.residual.max(), solution.status
         found = adam_on_quadratic(lower.hvp, b, rate.lr, steps)
         residual = (b - found.product).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)
-        return found.value, self.rates.followed(rate, rose=found.rose), residual
+        status = Status.APPROXIMATE if bool(residual.isfinite()) else Status.NON_FINITE
+        return found.value, self.rates.followed(rate, rose=found.rose), residual, status
 
     def _tuned(self, oracles: Oracles, x: Tensor, y: Tensor) -> tuple[Rate, Rate]:
         if self.linear is not None:

@@ -126,6 +126,7 @@ def test_parts_with_sets_of_their_own():
     torch.testing.assert_close(flat(solution.x), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ridge_with_one_decay_a_feature():
     task = bilevel.problems.ridge()
     solution = minimize(task.problem, task.x0, task.y0)
@@ -168,6 +169,7 @@ def test_a_loose_lower_solve_is_told():
     assert solution.status is not bilevel.Status.CONVERGED
 
 
+@pytest.mark.slow
 def test_float32_is_honest():
     task = bilevel.problems.ridge(dtype=torch.float32)
     with pytest.warns(bilevel.HypergradientInaccurate):

@@ -16,7 +16,9 @@ from bilevel.layout import named_leaves
 from bilevel.problems import Task
 from bilevel.problems._datasets import diabetes, shares, standardized
 
-SLOW = {"hyper_cleaning_mlp", "learning_rates", "data_selection", "robustness_audit", "weight_decays"}
+SLOW = {
+    "hyper_cleaning_mlp", "learning_rates", "data_selection", "robustness_audit", "weight_decays", "augmentation",
+}  # fmt: skip
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
 OTHER: dict[str, Callable[[], bilevel.Solver]] = {
     "box": bilevel.ProxF2SA, "ineq": bilevel.LVHBA, "lasso1": bilevel.MEHA, "llc": bilevel.LVHBA, "mc": bilevel.BAMM,
@@ -27,7 +29,9 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for 
 REAL = {
     "ridge": "test_mse", "logistic_regression": "test_accuracy", "hyper_cleaning": "f1",
     "lasso": "test_r2", "elastic_net": "features", "sparse_group": "groups", "svm": "support_vectors",
-    "svm_primal": "wrong_labels_found", "glyphs": "interval", "sine": "test_mse", "learning_rates": "test_loss",
+    "svm_primal": "wrong_labels_found", "feature_selection": "noise_kept", "long_tail": "rare_accuracy",
+    "coreset": "weight_of_coreset", "meta_weight_net": "weight_wrong", "augmentation": "shift",
+    "glyphs": "interval", "sine": "test_mse", "learning_rates": "test_loss",
     "data_selection": "good", "robustness_audit": "change",
 }  # fmt: skip
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, final
 
 from optuna import TrialPruned
@@ -12,9 +13,11 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial
 
 from bilevel.callbacks import Callback, Event
+from bilevel.integrations.optuna._checkpoint import Checkpoint
 from bilevel.integrations.optuna.export import facts
 from bilevel.layout import Variables, named_leaves, rebuild
 from bilevel.loop import solve
+from bilevel.plan import Auto
 from bilevel.problem import Problem
 from bilevel.problems import Task
 from bilevel.solution import Solution
@@ -47,12 +50,16 @@ class BilevelObjective:
 
     Args:
         build: trial -> a `Task`, or `(problem, x0, y0)`. Suggestions are made here.
-        solver: how, or trial -> how. None: `HypergradientDescent()`.
+        solver: how, or trial -> how; "auto" plans for each trial's problem. None: `HypergradientDescent()`.
         steps: upper steps; None takes those of the task (100 where there is none).
         value: solution -> what the study optimizes, a number or a sequence of them: a loss on a split of its own, say.
             None: the best upper value.
         monitor: event -> the intermediate value that pruners compare; None: the upper value.
         report: report intermediate values, and prune where the study's pruner says so (studies of one objective).
+        callbacks: further ones, as for `bilevel.solve`.
+        checkpoint: folder for the solver's state, so that the copy of a trial whose worker died goes on where that one
+            stood (what it had seen as best is not kept). A folder that all workers see. None: copies start over.
+        checkpoint_every: steps between two writes, >= 1.
         options: further arguments of `bilevel.solve`, such as `tol`, `max_seconds`, `seed`.
 
     Raises:
@@ -75,12 +82,19 @@ class BilevelObjective:
     """
 
     build: Callable[[Trial], Stated]
-    solver: Solver[Any] | Callable[[Trial], Solver[Any]] | None = None
+    solver: Solver[Any] | Auto | Callable[[Trial], Solver[Any] | Auto] | None = None
     steps: int | None = None
     value: Callable[[Solution], Any] | None = None
     monitor: Callable[[Event], float] | None = None
     report: bool = True
+    callbacks: Sequence[Callback] = ()
+    checkpoint: str | Path | None = None
+    checkpoint_every: int = 10
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise InvalidProblem(f"BilevelObjective(checkpoint_every=...) must be >= 1, got {self.checkpoint_every}.")
 
     def __call__(self, trial: Trial) -> Any:
         """Return the trial's value, NaN where the solve has no answer: Optuna then counts the trial as failed.
@@ -94,17 +108,28 @@ class BilevelObjective:
                 "the study does not minimize one number, as upper objectives are: give BilevelObjective(value=...), a "
                 "function of the solution."
             )
-        callbacks = [*self.options.get("callbacks", ())]
+        callbacks: list[Callback] = [*self.callbacks]
         if self.report and len(directions) == 1:
             callbacks.append(report_callback(trial, self.monitor))
         problem, x0, y0, steps = self._stated(trial)
-        options = {"progress": False} | dict(self.options) | {"callbacks": callbacks}
+        options = {"progress": False} | dict(self.options)
+        saved = None
+        if self.checkpoint is not None:
+            saved = Checkpoint.of(trial, Path(self.checkpoint), self.checkpoint_every)
+            callbacks.insert(0, saved)
+            resume = saved.load(trial)
+            if resume is not None:
+                options["resume"], steps = resume, max(1, steps - resume.state.step)
         try:
-            solution = solve(problem, self._solver(trial), x0, y0, steps=steps, **options)
+            solution = solve(problem, self._solver(trial), x0, y0, steps=steps, callbacks=callbacks, **options)
         except InvalidProblem:
             raise
-        except BilevelError as error:
+        except (BilevelError, TrialPruned) as error:
+            _forget(saved)
+            if isinstance(error, TrialPruned):
+                raise
             return _failed(trial, f"{type(error).__name__}: {error}", len(directions))
+        _forget(saved)
         _store(trial, solution)
         if solution.status in USELESS:
             return _failed(trial, f"{solution.status.name.lower()}: {solution.message}", len(directions))
@@ -122,10 +147,10 @@ class BilevelObjective:
             raise InvalidProblem(f"build must return a Task or (problem, x0, y0), got {type(stated).__name__}.")
         return *stated, 100 if self.steps is None else self.steps
 
-    def _solver(self, trial: Trial) -> Solver[Any]:
+    def _solver(self, trial: Trial) -> Solver[Any] | Auto:
         if self.solver is None:
             return HypergradientDescent()
-        return self.solver if isinstance(self.solver, Solver) else self.solver(trial)
+        return self.solver if isinstance(self.solver, Solver | str) else self.solver(trial)
 
 
 def report_callback(trial: Trial, monitor: Callable[[Event], float] | None = None, *, every: int = 1) -> Callback:
@@ -155,6 +180,11 @@ def report_callback(trial: Trial, monitor: Callable[[Event], float] | None = Non
                 raise TrialPruned(f"pruned at upper step {event.step}")
 
     return callback
+
+
+def _forget(saved: Checkpoint | None) -> None:
+    if saved is not None:
+        saved.remove()
 
 
 def _failed(trial: Trial, reason: str, objectives: int) -> Any:

@@ -38,9 +38,9 @@ def minimize(
 ) -> Solution:
     """Minimize `F(x) = f(x, y*(x))` with a quasi-Newton method of SciPy.
 
-    Each evaluation solves the lower level tightly and certifies the hypergradient. Few evaluations are needed, ten to
-    fifty where Adam takes hundreds of steps, but values and hypergradients must agree with one another: line searches
-    stall on what is noise to them. For mini-batches and cheap, rough hypergradients use `bilevel.solve`.
+    Each evaluation solves the lower level tightly and certifies the hypergradient. Few evaluations are needed, but
+    values and hypergradients must agree with one another: line searches stall on what is noise to them. For
+    mini-batches and cheap, rough hypergradients use `bilevel.solve`.
 
     Args:
         problem: what to minimize; every step must see the same data.
@@ -102,11 +102,9 @@ def minimize(
         raise InvalidProblem(f"method must be one of {', '.join(_OPTIONS)}, got {method!r}.")
     if constraints and chosen == "L-BFGS-B":
         raise InvalidProblem(f"L-BFGS-B takes bounds only, not {problem.upper_set!r}: use SLSQP or trust-constr.")
-    run = Run(oracles, solver, solver.init(oracles, x, y), callbacks)
+    run = Run(oracles, solver, solver.init(oracles, x, y), callbacks, tol)
     return run.to_end(
         x,
-        tol,
-        callback=run.converged_at(tol) if chosen == "trust-constr" else None,
         method=chosen,
         bounds=bounds,
         constraints=constraints,
@@ -116,11 +114,10 @@ def minimize(
 
 _OPTIONS: dict[str, Any] = {
     "L-BFGS-B": lambda tol, steps: {"gtol": tol, "ftol": 0.0, "maxiter": steps, "maxfun": 10 * steps + 10},
-    "SLSQP": lambda tol, steps: {"ftol": max(1e-2 * tol**2, 1e-18), "maxiter": steps},
+    "SLSQP": lambda tol, steps: {"ftol": 1e-4 * tol**2, "maxiter": steps},
     "trust-constr": lambda tol, steps: {"gtol": 0.0, "xtol": 1e-16, "barrier_tol": 1e-16, "maxiter": steps},
 }
-"""What makes each method stop by the hypergradient: L-BFGS-B by its own test, SLSQP by the value, to second order.
-trust-constr stays inside of bounds by a barrier, whose own tests say little of x: the run stops it."""
+"""When each method gives up by itself; where x is stationary, the run stops it before."""
 
 
 def _fitting(problem: Problem) -> Solver[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,10 @@ class _Stopped(Exception):
     """A callback asked to stop."""
 
 
+class _Converged(Exception):
+    """An evaluation was stationary: SciPy's own tests, which ask for something else, need not see it too."""
+
+
 class ScipyState(NamedTuple):
     """Where a run stood at its end.
 
@@ -49,12 +53,15 @@ class ScipyState(NamedTuple):
 class Run:
     """Evaluations of F, and what they add up to."""
 
-    def __init__(self, oracles: Oracles, solver: Solver[Any], state: Any, callbacks: Sequence[Callback]) -> None:
-        self.oracles, self.solver, self.state, self.callbacks = oracles, solver, state, callbacks
+    def __init__(
+        self, oracles: Oracles, solver: Solver[Any], state: Any, callbacks: Sequence[Callback], tol: float
+    ) -> None:
+        self.oracles, self.solver, self.state, self.callbacks, self.tol = oracles, solver, state, callbacks, tol
         self.begin, self.history, self.evaluations = time.perf_counter(), History(), 0
         self.best: tuple[float, Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Estimate] | None = None
 
-    def to_end(self, x: Tensor, tol: float, **arguments: Any) -> Solution:
+    def to_end(self, x: Tensor, **arguments: Any) -> Solution:
         status, message = Status.STALLED, ""
         try:
             with warnings.catch_warnings():
@@ -64,40 +71,44 @@ class Run:
             end, message = self._tensor(found.x), str(found.message)
             if found.nit >= arguments["options"].get("maxiter", math.inf):
                 status = Status.STEP_LIMIT
+        except _Converged:
+            end = self.state.x
         except _Stopped:
             end, status, message = self.state.x, Status.STOPPED, Status.STOPPED.value
         except BilevelError as error:
             end, status, message = self.state.x, _status_of(error), str(error)
             if self.best is None:
                 raise
-        return self._finished(self.oracles.project_x(end), tol, status, message)
-
-    def converged_at(self, tol: float) -> Callable[..., bool]:
-        """Return a callback of SciPy that stops at an iterate that was found stationary."""
-
-        def stationary(x: Any, state: Any) -> bool:
-            found = bool(self.history["stationarity"][-1] <= tol)
-            return found and torch.equal(self._tensor(x), self.state.x)  # not at a trial point that was refused
-
-        return stationary
+        return self._finished(self.oracles.project_x(end), status, message)
 
     def value_and_gradient(self, x: Any) -> tuple[float, Any]:
         point = self._tensor(x)
         estimate = self._evaluated(point)
         self._record(point, estimate)
+        if self._stationary(point, estimate):
+            raise _Converged
         return float(estimate.upper_value), estimate.gradient.cpu().double().numpy()
+
+    def _stationary(self, x: Tensor, estimate: Estimate) -> bool:
+        """Return whether x is stationary, also once it is moved into the upper set, which SciPy leaves by a little."""
+        if float(Metrics.of(self.oracles, x, estimate).stationarity) > self.tol:
+            return False
+        near = self.oracles.project_x(x)
+        return float(Metrics.of(self.oracles, near, self._evaluated(near)).stationarity) <= self.tol
 
     def _tensor(self, x: Any) -> Tensor:
         return torch.as_tensor(np.array(x), dtype=self.state.x.dtype, device=self.state.x.device)
 
     def _evaluated(self, x: Tensor) -> Estimate:
         """Return the certified hypergradient at x; the next lower solve starts where this one ended."""
+        if self.last is not None and torch.equal(self.last[0], x):
+            return self.last[1]
         estimate = self.solver.certify(self.oracles, self.state._replace(x=x))
         if estimate is None:
             raise InvalidProblem(f"{type(self.solver).__name__} forms no hypergradient that SciPy could follow.")
         if not bool(estimate.gradient.isfinite().all()) or not math.isfinite(estimate.upper_value):
             raise NonFinite(f"F or its hypergradient is not finite at evaluation {self.evaluations}: bound x.")
-        self.state = self.state._replace(x=x, y=estimate.y)
+        self.state, self.last = self.state._replace(x=x, y=estimate.y), (x, estimate)
         return estimate
 
     def _record(self, x: Tensor, estimate: Estimate) -> None:
@@ -121,13 +132,13 @@ class Run:
         if outside <= FEASIBLE * (1 + float(x.norm())) and (self.best is None or value < self.best[0]):
             self.best = value, x, estimate.y
 
-    def _finished(self, x: Tensor, tol: float, status: Status, message: str) -> Solution:
+    def _finished(self, x: Tensor, status: Status, message: str) -> Solution:
         """Return the solution at x, judged by its own certificate."""
         estimate, metrics = self._last(x)
         y = self.state.y if estimate is None else estimate.y
         if estimate is not None and metrics is not None:
             self.see(x, estimate)
-            stationarity = float(metrics.stationarity)
+            stationarity, tol = float(metrics.stationarity), self.tol
             if stationarity <= tol and status is not Status.STOPPED:
                 status, message = Status.CONVERGED, f"stationarity {stationarity:.3g} <= tol {tol:.3g}"
             elif status in (Status.STALLED, Status.STEP_LIMIT):

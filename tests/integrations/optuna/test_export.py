@@ -42,12 +42,12 @@ def test_each_solution_is_a_trial(solution):
     assert list(study.trials[0].intermediate_values.values()) == solution.history["upper_value"]
 
 
-def test_large_x_and_databases(tmp_path):
+def test_large_x_is_left_out(tmp_path):
     problem = bilevel.Problem(
         upper=lambda x, y, batch: (y - 1.0).square().sum(), lower=lambda x, y, batch: (y - x).square().sum()
     )
     big = bilevel.solve(problem, bilevel.implicit(), torch.zeros(300), torch.zeros(300), steps=2, progress=False)
-    study = to_study(big, storage=f"sqlite:///{tmp_path}/study.db")
+    study = to_study(big, storage=str(tmp_path / "journal.log"))
     assert [trial.params for trial in study.trials] == [{}, {}]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel.integrations.optuna import BilevelObjective, report_callback
+from bilevel.integrations.optuna import BilevelObjective, report_callback, run_trials
 from bilevel.problems import Task
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -142,13 +142,17 @@ def test_several_objectives_are_not_pruned():
     assert all(len(trial.values) == 2 and not trial.intermediate_values for trial in found.trials)
 
 
+def test_the_solver_may_be_planned():
+    assert optimized(BilevelObjective(build, "auto", steps=20), trials=2).best_trial.user_attrs["status"] == "COMPLETED"
+
+
 def test_options_and_solvers_of_a_trial_reach_the_solve():
     def solver(trial):
         return bilevel.implicit(upper=bilevel.SGD(trial.suggest_categorical("lr", [0.5])))
 
     seen = []
     objective = BilevelObjective(
-        build, solver, steps=50, report=False, options={"tol": 1e-4, "callbacks": [lambda event: seen.append(event)]}
+        build, solver, steps=50, report=False, callbacks=[lambda event: seen.append(event)], options={"tol": 1e-4}
     )
     trial = optimized(objective, trials=1).trials[0]
     assert trial.user_attrs["status"] == "CONVERGED"
@@ -156,6 +160,51 @@ def test_options_and_solvers_of_a_trial_reach_the_solve():
     assert not trial.intermediate_values
 
 
+@pytest.mark.parametrize("damage", [False, True])
+def test_the_copy_of_a_lost_trial_goes_on_from_its_checkpoint(damage, tmp_path):
+    seen, values = [], []
+
+    def dies(event):
+        seen.append(event.step)
+        values.append(event.row["upper_value"])
+        if event.step == 17 and len(seen) == 17:
+            raise KeyboardInterrupt
+
+    def objective(**options):
+        return BilevelObjective(build, bilevel.implicit(upper=bilevel.Adam(0.1)), steps=30, **options)
+
+    found = study()
+    dying = objective(callbacks=[dies], checkpoint=tmp_path / "states", checkpoint_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(found, dying, 1, spool=tmp_path / "spool")
+    (file,) = (tmp_path / "states").iterdir()
+    if damage:
+        file.write_bytes(file.read_bytes()[:100])
+    run_trials(found, dying, 1, spool=tmp_path / "spool")
+    again = 0 if damage else 15
+    assert seen == [*range(1, 18), *range(again + 1, 31)]
+    assert values[again:17] == values[17 : 34 - again]  # bit for bit
+    whole = study()
+    whole.enqueue_trial(found.trials[1].params)
+    whole.optimize(objective(), n_trials=1)
+    assert found.trials[1].value == whole.best_value
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_checkpoints_of_pruned_and_failed_trials_are_removed(tmp_path):
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.last_step == 4
+
+    objective = BilevelObjective(build, steps=9, checkpoint=tmp_path, checkpoint_every=1)
+    found = study(pruner=Always())
+    found.optimize(objective, n_trials=1)
+    assert found.trials[0].state.name == "PRUNED"
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_options_are_refused():
+    with pytest.raises(bilevel.InvalidProblem, match="checkpoint_every"):
+        BilevelObjective(build, checkpoint_every=0)
     with pytest.raises(bilevel.InvalidProblem, match="every"):
         report_callback(study().ask(), every=0)

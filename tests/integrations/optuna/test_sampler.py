@@ -37,8 +37,7 @@ def needed(study, value):
     return next((trial.number + 1 for trial in study.trials if trial.value < value), math.inf)
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("log", "seed"), [(False, 0), (True, 1)])
 def test_it_needs_far_fewer_trials_than_tpe(log, seed):
     ours = run(lambda trial: bowl(trial, log=log), 25, HypergradientSampler(seed=seed))
     theirs = run(lambda trial: bowl(trial, log=log), 100, optuna.samplers.TPESampler(seed=seed))

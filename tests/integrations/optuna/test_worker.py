@@ -57,7 +57,7 @@ def test_it_runs_as_many_trials_as_the_study_lacks(study):
     assert study.best_value == min(trial.params["p"] ** 2 for trial in study.trials)
 
 
-@pytest.mark.parametrize("where", ["journal.log", "sqlite:///study.db"])
+@pytest.mark.parametrize("where", ["journal.log", pytest.param("sqlite:///study.db", marks=pytest.mark.slow)])
 def test_a_trial_without_a_sign_of_life_fails_and_runs_again(where, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     study = opened(where)
@@ -306,3 +306,56 @@ def test_two_processes_of_which_one_is_killed(where, tmp_path, monkeypatch):
     assert lost.params.items() <= copy.params.items()
     assert copy.value == copy.params["p"] ** 2
     assert not Path("b").exists()
+
+
+CHAOS = """
+import os, random, signal, sys, time, optuna
+from bilevel.integrations.optuna import run_trials, shared_storage
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+where, chance = sys.argv[1], random.Random(0)
+optuna.create_study(study_name="s", storage=shared_storage(where))
+
+
+def objective(trial):
+    p = trial.suggest_float("p", -1.0, 1.0)
+    for step in range(4):
+        trial.report(p, step)
+        time.sleep(0.02)
+    return p * p
+
+
+def start():
+    child = os.fork()
+    if child:
+        return child
+    study = optuna.load_study(study_name="s", storage=shared_storage(where))
+    run_trials(study, objective, 20, heartbeat=0.2, grace=1.5, retries=20, spool=f"spool.{os.getpid()}")
+    os._exit(0)
+
+
+alive, kills = {start() for _ in range(3)}, 12
+while alive:
+    time.sleep(chance.uniform(0.05, 0.3))
+    while alive and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+        alive.discard(ended[0])
+        assert ended[1] in (0, signal.SIGKILL), "a worker failed"
+        if ended[1]:
+            alive.add(start())
+    if kills and alive:
+        kills -= 1
+        os.kill(chance.choice(sorted(alive)), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", CHAOS, "journal.log"], check=True, timeout=120)
+    trials = optuna.load_study(study_name="s", storage=shared_storage("journal.log")).trials
+    lost = {trial.number for trial in trials if "lost" in trial.user_attrs}
+    copied = [trial.system_attrs["retry_history"][-1] for trial in trials if "retry_history" in trial.system_attrs]
+    assert sorted(copied) == sorted(lost)  # each once
+    finished = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert len(finished) + len(lost) == len(trials)
+    assert 20 <= len(finished) <= 22  # three workers may begin their last trials at once

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from bilevel.problems import Part
 from bilevel.problems import distillation as dd
 
 SHAPE, CLASSES = (1, 4, 4), 3
 
 
 @pytest.fixture
-def data() -> dd.Part:
+def data() -> Part:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(CLASSES).repeat(8)
     centers = torch.randn((CLASSES, *SHAPE), generator=generator, dtype=torch.float64)
     noise = torch.randn((len(labels), *SHAPE), generator=generator, dtype=torch.float64)
-    return dd.Part(centers[labels] + 0.3 * noise, labels)
+    return Part(centers[labels] + 0.3 * noise, labels)
 
 
 @pytest.fixture

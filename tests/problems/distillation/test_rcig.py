@@ -10,6 +10,7 @@ import torch
 
 import bilevel
 from bilevel.dry_run import open_oracles
+from bilevel.problems import Part
 from bilevel.problems import distillation as dd
 from bilevel.problems.distillation.rates import Rate, adam_on_quadratic
 from bilevel.problems.distillation.rcig import clipped, margin
@@ -20,7 +21,7 @@ EXACT = bilevel.CG(tol=1e-14, max_steps=300)
 RATES = (Rate(1e-3), Rate(1e-3))
 
 
-def stated(data: dd.Part, network: dd.Network, *, temperature: bool = True, ipc: int = 2) -> dd.Distillation:
+def stated(data: Part, network: dd.Network, *, temperature: bool = True, ipc: int = 2) -> dd.Distillation:
     task = dd.distillation(
         data, network, ipc=ipc, loss="mse", learn_targets=True, learn_temperature=temperature, batch_size=None
     )
@@ -42,7 +43,7 @@ def test_the_ridge_head_minimizes_its_objective() -> None:
         ridge_head(features * float("nan"), targets, 0.1)
 
 
-def test_the_inner_objective_is_stationary_in_the_head(data: dd.Part, network: dd.Network) -> None:
+def test_the_inner_objective_is_stationary_in_the_head(data: Part, network: dd.Network) -> None:
     # g is stated with the best head; moving that head by hand must not change it to first order.
     task, solver = stated(data, network), dd.RCIG(network, l2=0.1)
     weights = network.start(3, torch.float64)
@@ -61,7 +62,7 @@ def test_the_inner_objective_is_stationary_in_the_head(data: dd.Part, network: d
 
 @pytest.mark.parametrize("temperature", [True, False])
 def test_the_hypergradient_is_the_derivative(
-    data: dd.Part, network: dd.Network, temperature: bool, difference: Callable[..., list[float]]
+    data: Part, network: dd.Network, temperature: bool, difference: Callable[..., list[float]]
 ) -> None:
     task = stated(data, network, temperature=temperature)
     solver = dd.RCIG(network, l2=0.05, linear=EXACT, clip=False)
@@ -89,7 +90,7 @@ CLASS_PART = 3 * 3 * 4 + 3
 """Numbers in the head of the tiny network, which is not part of d."""
 
 
-def test_the_clip_bounds_the_implicit_part_leaf_by_leaf(data: dd.Part, network: dd.Network) -> None:
+def test_the_clip_bounds_the_implicit_part_leaf_by_leaf(data: Part, network: dd.Network) -> None:
     task = stated(data, network, ipc=4)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     free = dd.RCIG(network, l2=1e-7, linear=EXACT, clip=False)
@@ -152,7 +153,7 @@ def test_rates_follow_the_losses() -> None:
     assert after(True, False) == Rate(1.0, 2, 1)
 
 
-def test_adam_and_conjugate_gradients_agree_in_the_end(data: dd.Part, network: dd.Network) -> None:
+def test_adam_and_conjugate_gradients_agree_in_the_end(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     exact, _ = dd.RCIG(network, l2=0.5, linear=EXACT).estimate(oracles, x, y, RATES)
@@ -160,10 +161,15 @@ def test_adam_and_conjugate_gradients_agree_in_the_end(data: dd.Part, network: d
     found, rates = adam.estimate(oracles, x, y, (Rate(1e-2), Rate(1e-2)))
     assert torch.allclose(found.gradient, exact.gradient, atol=1e-3 * float(exact.gradient.norm()))
     assert float(found.certificate.residual) < 0.05
+    assert found.certificate.status is bilevel.Status.APPROXIMATE
+    assert exact.certificate.status is bilevel.Status.CONVERGED
+    wild, _ = adam.estimate(oracles, x, y, (Rate(1e-2), Rate(1e300)))
+    assert wild.certificate.status is bilevel.Status.NON_FINITE
+    assert bool(wild.gradient.isfinite().all())
     assert rates[0].runs == rates[1].runs == 1
 
 
-def test_steps_are_replayed_and_options_act(data: dd.Part, network: dd.Network) -> None:
+def test_steps_are_replayed_and_options_act(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     base = dd.RCIG(network, lower_steps=3, linear_steps=3, pool=dd.Pool(2, (1, 2), 3), rates=dd.RateControl(trials=3))
 
@@ -186,7 +192,7 @@ def test_steps_are_replayed_and_options_act(data: dd.Part, network: dd.Network) 
     assert dd.RCIG.averaged(whole)["images"].shape == task.x0["images"].shape
 
 
-def test_outside_the_subset_nothing_moves(data: dd.Part, network: dd.Network) -> None:
+def test_outside_the_subset_nothing_moves(data: Part, network: dd.Network) -> None:
     task = stated(data, network)
     oracles, x, y = open_oracles(task.problem, task.x0, task.y0)
     solver = dd.RCIG(network, linear=EXACT, subset=2, clip=False)
@@ -209,3 +215,15 @@ def test_bad_options_are_refused(network: dd.Network) -> None:
     for change in ({"start": 0.0}, {"up": 1.0}, {"back": 1.0}, {"every": 0}, {"often": 2.0}, {"trials": -1}):
         with pytest.raises(InvalidProblem, match="RateControl"):
             dd.RateControl(**change)
+
+
+def test_a_session_can_be_saved_and_loaded(data: dd.Part, network: dd.Network) -> None:
+    task, solver = stated(data, network), dd.RCIG(network, linear=bilevel.CG(), pool=dd.Pool(2, (1, 2), 3))
+    sessions = [bilevel.Session(task.problem, solver, task.x0, task.y0) for _ in range(2)]
+    for _ in range(2):
+        sessions[0].step()
+    sessions[1].load_state_dict(sessions[0].state_dict())
+    for session in sessions:
+        session.step()
+    first, second = (session.x for session in sessions)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -17,21 +17,22 @@ from torch.nn import functional as F
 
 import bilevel
 from bilevel.data import Full, Shuffled
+from bilevel.problems import Part
 from bilevel.problems import distillation as dd
 from bilevel.problems.distillation.evaluation import accuracy, moved, trained
 from bilevel.problems.distillation.picture import grid
 from bilevel.status import InvalidProblem
 
 
-def noisy(part: dd.Part, seed: int) -> dd.Part:
+def noisy(part: Part, seed: int) -> Part:
     order = torch.randperm(len(part.targets), generator=torch.Generator().manual_seed(seed))
-    return dd.Part(part.inputs, part.targets[order])
+    return Part(part.inputs, part.targets[order])
 
 
 # -- the statement -----------------------------------------------------------------------------------------------------
 
 
-def test_both_levels_are_as_stated(data: dd.Part, network: dd.Network) -> None:
+def test_both_levels_are_as_stated(data: Part, network: dd.Network) -> None:
     task = dd.distillation(data, network, ipc=2, batch_size=None, decay=0.1)
     assert task.labels.tolist() == [0, 0, 1, 1, 2, 2]
     x, y = task.x0, task.y0
@@ -46,7 +47,7 @@ def test_both_levels_are_as_stated(data: dd.Part, network: dd.Network) -> None:
     assert len(set(rows.int().argmax(0).tolist())) == 6
 
 
-def test_options_change_the_statement(data: dd.Part, network: dd.Network) -> None:
+def test_options_change_the_statement(data: Part, network: dd.Network) -> None:
     base = dd.distillation(data, network)
     noise = dd.distillation(data, network, start="noise")
     assert not torch.equal(noise.x0["images"], base.x0["images"])
@@ -66,7 +67,7 @@ def test_options_change_the_statement(data: dd.Part, network: dd.Network) -> Non
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_learned_targets_start_near_the_labels(data: dd.Part, network: dd.Network, loss: Any) -> None:
+def test_learned_targets_start_near_the_labels(data: Part, network: dd.Network, loss: Any) -> None:
     task = dd.distillation(data, network, loss=loss, learn_targets=True, learn_temperature=True)
     found = task.synthetic()
     expected = 0.9 * torch.eye(3) + 0.1 / 3 if loss == "cross_entropy" else torch.eye(3) - 1 / 3
@@ -83,7 +84,7 @@ def test_learned_targets_start_near_the_labels(data: dd.Part, network: dd.Networ
     assert torch.allclose(task.problem.upper(x, task.y0, tuple(data)), real)
 
 
-def test_a_learned_rate_is_learned(data: dd.Part, network: dd.Network) -> None:
+def test_a_learned_rate_is_learned(data: Part, network: dd.Network) -> None:
     task = dd.distillation(data, network, lr=0.01, batch_size=None)
     lower = bilevel.SGD(lambda x, step: x["log_lr"].exp())
     solver = dd.RaTBPTT(network, unroll=4, window=4, lower=lower, upper=bilevel.Adam(0.1))
@@ -91,7 +92,7 @@ def test_a_learned_rate_is_learned(data: dd.Part, network: dd.Network) -> None:
     assert float(solution.x["log_lr"]) > math.log(0.01) + 0.3  # far too small at the start
 
 
-def test_bad_statements_are_refused(data: dd.Part, network: dd.Network) -> None:
+def test_bad_statements_are_refused(data: Part, network: dd.Network) -> None:
     for change in ({"ipc": 0}, {"ipc": 9}, {"start": "no"}, {"loss": "no"}, {"lr": 0.0}, {"decay": -1.0}):
         with pytest.raises(InvalidProblem, match=r"ipc|start|lr"):
             dd.distillation(data, network, **change)
@@ -104,11 +105,11 @@ def test_bad_statements_are_refused(data: dd.Part, network: dd.Network) -> None:
         ((images[:, 0], labels), "must be"), ((images, labels[1:]), "must be"), ((images[:0], labels[:0]), "N > 0"),
     ):  # fmt: skip
         with pytest.raises(InvalidProblem, match=word):
-            dd.distillation(dd.Part(*bad), network)
+            dd.distillation(Part(*bad), network)
     for own in (images[:2], broken[:3]):
         with pytest.raises(InvalidProblem, match="start"):
             dd.distillation(data, network, start=own)
-    only = dd.Part(images[labels < 2], labels[labels < 2])
+    only = Part(images[labels < 2], labels[labels < 2])
     with pytest.raises(InvalidProblem, match="class 2 has 0"):
         dd.distillation(only, network)
 
@@ -170,12 +171,16 @@ def test_bad_networks_are_refused() -> None:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_only_validation_data_choose(data: dd.Part, network: dd.Network) -> None:
+def test_only_validation_data_choose(data: Part, network: dd.Network) -> None:
     synthetic = dd.random_images(data, network, 1)
-    recipes = [dd.Recipe(lr=1e-3, steps=(1, 5)), dd.Recipe(lr=0.05, steps=(2, 20)), dd.Recipe(lr=0.05, decay=1.0)]
+    recipes = [
+        dd.Recipe(lr=1e-3, steps=(1, 5)),
+        dd.Recipe(lr=0.05, steps=(2, 20)),
+        dd.Recipe(lr=0.05, steps=(9,), decay=1.0),
+    ]
     seeds = (0, 1)
 
-    def judged(validation: dd.Part, test: dd.Part) -> dd.Evaluation:
+    def judged(validation: Part, test: Part) -> dd.Evaluation:
         return dd.evaluate(synthetic, network, validation, test, seeds=seeds, recipes=recipes)
 
     found = judged(data, data)
@@ -199,7 +204,7 @@ def test_only_validation_data_choose(data: dd.Part, network: dd.Network) -> None
     assert math.isnan(single.spread)
 
 
-def test_recipes_act(data: dd.Part, network: dd.Network) -> None:
+def test_recipes_act(data: Part, network: dd.Network) -> None:
     synthetic = dd.random_images(data, network, 2)
 
     def end(**options: Any) -> torch.Tensor:
@@ -225,22 +230,22 @@ def test_images_move_within_bounds() -> None:
         moved(images[0, 0], 0.5, generator)
 
 
-def test_bad_evaluations_are_refused(data: dd.Part, network: dd.Network) -> None:
+def test_bad_evaluations_are_refused(data: Part, network: dd.Network) -> None:
     synthetic = dd.random_images(data, network, 1)
     for change in ({"recipes": ()}, {"seeds": ()}):
         with pytest.raises(InvalidProblem, match="at least one"):
             dd.evaluate(synthetic, network, data, data, **change)
     with pytest.raises(InvalidProblem, match="test"):
-        dd.evaluate(synthetic, network, data, dd.Part(data.inputs, data.targets + 7))
+        dd.evaluate(synthetic, network, data, Part(data.inputs, data.targets + 7))
     with pytest.raises(InvalidProblem, match="validation"):
-        dd.evaluate(synthetic, network, dd.Part(data.inputs[:, :, 1:], data.targets), data)
+        dd.evaluate(synthetic, network, Part(data.inputs[:, :, 1:], data.targets), data)
 
 
 # -- baselines, data, pictures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_baselines(data: dd.Part, network: dd.Network) -> None:
+def test_baselines(data: Part, network: dd.Network) -> None:
     pytest.importorskip("sklearn")
     means = dd.cluster_centers(data, network, 1)
     for label in range(3):
