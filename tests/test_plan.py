@@ -33,8 +33,6 @@ RECOMMENDED: dict[str, str | None] = {
     "meta_weight_net": "F2SA()", "augmentation": "F2SA()",
     "weight_decays":
         "HypergradientDescent(estimator=Implicit(linear=CG(damping=2), truncate=True), lower_steps=100)",
-    "feature_selection": "implicit(linear=Dense())", "long_tail": "implicit()", "coreset": "implicit()",
-    "meta_weight_net": "F2SA()", "augmentation": "F2SA()",
     # Made for training; without their lower optimizer only the problem's shape is seen.
     "learning_rates": None, "data_selection": "F2SA()", "robustness_audit": "F2SA()", "cell_search": "F2SA()",
 }  # fmt: skip
