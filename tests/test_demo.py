@@ -20,6 +20,7 @@ from bilevel.problems._datasets import Part
 BASELINES = ["all", "clean only", "validation only", "all + validation"]
 
 
+@pytest.mark.slow
 def test_small_table_and_picture(tmp_path: Path) -> None:
     digits = noisy_digits(0, train=300, validation=150)
     chosen = {name: solver for name, solver in solvers(4).items() if name in ("implicit (CG)", "T1-T2 (identity)")}

@@ -19,6 +19,7 @@ from bilevel.problems.glyphs import _network, accuracies, draw_letters, judged_t
 from bilevel.problems.sine import draw_waves
 
 
+@pytest.mark.slow
 def test_no_letter_is_in_two_splits_and_no_two_look_alike() -> None:
     pictures = torch.cat(letters(16))
     assert pictures.shape[1:] == (12, 16, 16)
@@ -121,6 +122,7 @@ def test_the_judge_agrees_with_a_loop_over_tasks() -> None:
         assert float(right) == pytest.approx(float(found[i]))
 
 
+@pytest.mark.slow
 def test_a_learned_start_beats_a_fresh_one() -> None:
     task = glyphs(tasks=8, channels=8, split="validation")
     solver = bilevel.maml(0.4, 3, upper=bilevel.Adam(0.01))

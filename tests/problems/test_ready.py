@@ -17,6 +17,7 @@ from bilevel.problems import Task
 from bilevel.problems._datasets import diabetes, shares, standardized
 
 SLOW = {
+    "glyphs",
     "hyper_cleaning_mlp", "learning_rates", "data_selection", "robustness_audit", "weight_decays", "augmentation",
 }  # fmt: skip
 # What implicit differentiation refuses: sets, kinks, constraints, several lower solutions.
