@@ -20,8 +20,8 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.status import BilevelError, Diverged, NonFinite, Status
 
-STEPS = 1000
-"""Of a lower solve, at most."""
+STEPS = {"smooth": 1000, "other": 20000}
+"""Of a lower solve, at most: those of L-BFGS are few, those of proximal gradients many and cheap."""
 STEP = 1e-3
 """Length of the longer difference, for x near 1."""
 SHORTER = 3.0
@@ -182,8 +182,8 @@ class _Examined:
             facts["lower"] = lower = self._solved(self.x)
             if lower.status is Status.STEP_LIMIT:
                 return Verdict.UNDECIDED, (
-                    f"the lower level is not solved after {STEPS} steps: start nearer, regularize it, or check an "
-                    "estimator that differentiates through training (estimator=Unrolled())."
+                    f"the lower level is not solved after {lower.steps} steps: start nearer, regularize it, or check "
+                    "an estimator that differentiates through training (estimator=Unrolled())."
                 )
             self.y = lower.y
         state = self.estimator.init(self.oracles, self.x, self.y)
@@ -211,7 +211,10 @@ class _Examined:
         return _judged(slopes, differences, rounding / steps[1], float(h.norm()), certificate)
 
     def _solved(self, x: Tensor) -> LowerMinimum:
-        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=STEPS)
+        problem = self.oracles.problem
+        kinked = problem.regularizer is not None and not problem.regularizer.smooth
+        steps = STEPS["other" if kinked or problem.lower_set is not None else "smooth"]
+        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=steps)
 
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:
         return self.estimator.estimate(

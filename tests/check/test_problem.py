@@ -118,7 +118,7 @@ def test_a_lower_level_without_a_solution_is_a_report() -> None:
 
 
 def test_a_lower_level_that_is_not_solved_is_undecided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["bilevel.check.problem"], "STEPS", 3)
+    monkeypatch.setattr(sys.modules["bilevel.check.problem"], "STEPS", {"smooth": 3, "other": 3})
     bent = quadratic(lower=lambda x, y, batch: ((y - x).exp() - y).sum() + (y[0] * y[1] - x.sum()).square())
     report = check(bent, double(1.0, 0.5), double(4.0, -3.0))
     assert report.verdict is Verdict.UNDECIDED
