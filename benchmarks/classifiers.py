@@ -44,7 +44,7 @@ def sgd(
             rows = order[(step - 1) * BATCH : step * BATCH]
             images = part.inputs[rows] if x is None else augmented(x, part.inputs[rows])
             optimizer.zero_grad()
-            F.cross_entropy(net(images), part.targets[rows]).backward()  # type: ignore[no-untyped-call]
+            F.cross_entropy(net(images), part.targets[rows]).backward()
             optimizer.step()
             if step == steps or step % look == 0:
                 with torch.no_grad():

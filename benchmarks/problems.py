@@ -103,7 +103,7 @@ def _refit(order: Tensor, split: Split, held: Part, decay: float) -> Row:
 
 
 def _lasso(split: Split, held: Part) -> Row:
-    runs = []
+    runs: list[Row] = []
     for alpha in ALPHAS:
         model = Lasso(alpha, fit_intercept=False).fit(split.train.inputs.numpy(), split.train.targets.numpy())
         y = torch.tensor(model.coef_)
