@@ -83,8 +83,8 @@ def feature_selection_ways(seed: int, share: float) -> Iterator[Row]:
         yield {"way": way, **ridge(columns), **kept, "seconds": clock.read()}
     yield {"way": "lasso", **_lasso(split, both), "seconds": clock.read()}
     correlation = (split.train.inputs.T @ split.train.targets).abs()
-    found = min((_refit(correlation, split, both, decay) for decay in RIDGE_DECAYS), key=_validation)
-    yield {"way": "by correlation", **found, "seconds": clock.read()}
+    runs = [_refit(correlation, split, both, decay) for decay in RIDGE_DECAYS]
+    yield {"way": "by correlation", **min(runs, key=_validation), "seconds": clock.read()}
     runs = []
     for price in cut(PRICES, share):
         task = feature_selection(seed, noise=NOISE, strength=price)
