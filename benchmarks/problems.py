@@ -84,7 +84,7 @@ def feature_selection_ways(seed: int, share: float) -> Iterator[Row]:
     yield {"way": "lasso", **_lasso(split, both), "seconds": clock.read()}
     correlation = (split.train.inputs.T @ split.train.targets).abs()
     runs = [_refit(correlation, split, both, decay) for decay in RIDGE_DECAYS]
-    yield {"way": "by correlation", **min(runs, key=_validation), "seconds": clock.read()}
+    yield {"way": "by correlation", **_best(runs), "seconds": clock.read()}
     runs = []
     for price in cut(PRICES, share):
         task = feature_selection(seed, noise=NOISE, strength=price)
@@ -93,7 +93,7 @@ def feature_selection_ways(seed: int, share: float) -> Iterator[Row]:
         for decay in RIDGE_DECAYS:
             row = _refit(x, split, held, decay)
             runs.append(row | {"settings": f"strength {price}, {row['settings']}"})
-    yield {"way": "learned", **min(runs, key=_validation), "seconds": clock.read()}
+    yield {"way": "learned", **_best(runs), "seconds": clock.read()}
 
 
 def _refit(order: Tensor, split: Split, held: Part, decay: float) -> Row:
@@ -110,15 +110,15 @@ def _lasso(split: Split, held: Part) -> Row:
         kept = {"features": int((y != 0).sum()), "noise_kept": int((y[REAL:] != 0).sum())}
         errors = {"validation": _error(held, y), "test": _error(split.test, y)}
         runs.append({"settings": f"alpha {alpha}", **errors, **kept})
-    return min(runs, key=_validation)
+    return _best(runs)
 
 
 def _error(part: Part, y: Tensor) -> float:
     return float((part.inputs @ y - part.targets).square().mean())
 
 
-def _validation(row: Row) -> float:
-    return float(row["validation"])
+def _best(runs: list[Row]) -> Row:
+    return min(runs, key=lambda row: float(row["validation"]))
 
 
 def long_tail_ways(seed: int, share: float) -> Iterator[Row]:
@@ -200,10 +200,11 @@ def coreset_ways(seed: int, share: float) -> Iterator[Row]:
     yield mean("random, balanced", runs) | {"seconds": clock.read()}
     yield one(f"best of {len(runs)} balanced", max(runs)) | {"seconds": clock.read()}
     yield one("whole pool", trained(orders[0])) | {"seconds": clock.read()}
-    assert task.solver is not None
-    x = bilevel.solve(task.problem, task.solver, task.x0, task.y0, steps=scaled(task.steps, share)).best_x
-    assert isinstance(x, Tensor)
-    yield one("learned", trained(x.topk(SIZE).indices)) | {"seconds": clock.read()}
+    for way, own in (("learned", task), ("learned, strength 0", coreset(seed, size=SIZE, strength=0.0))):
+        assert own.solver is not None
+        x = bilevel.solve(own.problem, own.solver, own.x0, own.y0, steps=scaled(own.steps, share)).best_x
+        assert isinstance(x, Tensor)
+        yield one(way, trained(x.topk(SIZE).indices)) | {"seconds": clock.read()}
 
 
 def meta_weight_net_ways(seed: int, share: float) -> Iterator[Row]:
