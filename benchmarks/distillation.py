@@ -73,7 +73,7 @@ def rcig(split: dd.Split, ipc: int, share: float) -> Distilled:
         upper=dd.AdaBelief(0.1 if one else 0.05),
         pool=dd.Pool(10, (1, 15), 100, bilevel.Adam(5e-4)) if one else dd.Pool(6, (1, 6), 100, bilevel.Adam(1e-3)),
     )
-    solution = solved(task, solver, round(share * (250 if one else 90)))
+    solution = solved(task, solver, round(share * (250 if one else 540)))
     return Distilled(task.synthetic(dd.RCIG.averaged(solution)), solution.state.step)
 
 
@@ -95,7 +95,7 @@ def rat_bptt(split: dd.Split, ipc: int, share: float) -> Distilled:
     else:
         task = dd.distillation(split.train, network, ipc=ipc, batch_size=128, synthetic_batch=32)
         solver = dd.RaTBPTT(network, unroll=60, window=10, lower=bilevel.Adam(3e-3), upper=bilevel.Adam(1e-2))
-    solution = solved(task, solver, round(share * (250 if ipc == 1 else 80)))
+    solution = solved(task, solver, round(share * (250 if ipc == 1 else 480)))
     return Distilled(task.synthetic(solution.x), solution.state.step)
 
 
