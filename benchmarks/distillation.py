@@ -140,7 +140,7 @@ def solved(task: dd.Distillation, solver: Any, steps: int) -> bilevel.Solution:
 
 def recipes(images: int, share: float) -> list[dd.Recipe]:
     """Return the recipes to choose among; few images are trained on longer."""
-    most = (100, 200, 400, 800) if images <= 10 else (100, 200, 400)
+    most = (100, 200, 400, 800) if images <= 10 else (100, 200, 400, 1200, 2400)
     return [dd.Recipe(steps=tuple(sorted({max(1, round(share * n)) for n in most})), batch_size=32)]
 
 
