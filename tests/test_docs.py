@@ -36,6 +36,7 @@ def table(page: str, header: str) -> list[list[str]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_programs_run(page: Path, run_page: Callable[[Path], dict[str, Any]]) -> None:
     run_page(page)

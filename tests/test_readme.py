@@ -31,6 +31,7 @@ def table(header: str) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_programs_run(run_page: Callable[[Path], dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     names = run_page(README)
     printed = capsys.readouterr().out.splitlines()
@@ -82,6 +83,7 @@ def test_linear_solver_table_is_the_library() -> None:
     assert named == known
 
 
+@pytest.mark.slow
 def test_command_lines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [
