@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, stdev
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -21,19 +22,21 @@ from bilevel.status import InvalidProblem
 
 CHUNK = 100
 """Images classified at a time."""
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained on distilled data, by Adam, all of them (or `batch_size`) at each step.
+    """How a network is trained on distilled data, all of them (or `batch_size`) at each step.
 
     Args:
         lr: > 0, constant.
         steps: after which the network may be judged, rising; training takes the last of them.
-        decay: >= 0, decoupled weight decay.
+        decay: >= 0, of all weights; decoupled, which for "sgd" is the same.
         augment: >= 0: how far images are moved at random at each step, as a share of: shifts by 1/4 of the image,
             turns by 60 degrees, and stretches by 1/2. 0.5 is about what the papers' augmentation does to digits.
         batch_size: of the distilled images; all if None.
+        optimizer: "adam" or "sgd".
 
     Raises:
         InvalidProblem: an option is out of its range.
@@ -44,6 +47,7 @@ class Recipe:
     decay: float = 0.0
     augment: float = 0.0
     batch_size: int | None = None
+    optimizer: Literal["adam", "sgd"] = "adam"
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in pairwise(self.steps))
@@ -54,6 +58,15 @@ class Recipe:
             raise InvalidProblem(
                 f"Recipe: lr must be > 0, decay and augment >= 0, batch_size >= 1 or None, got {self}."
             )
+        if self.optimizer not in _OPTIMIZERS:
+            raise InvalidProblem(f"Recipe(optimizer=...) must be one of {[*_OPTIMIZERS]}, got {self.optimizer!r}.")
+
+    def of(self, weights: Parameters) -> torch.optim.Optimizer:
+        """Return the optimizer of some weights."""
+        found: torch.optim.Optimizer = _OPTIMIZERS[self.optimizer](
+            weights.values(), lr=self.lr, weight_decay=self.decay
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,7 @@ def evaluate(
 def trained(data: Synthetic, network: Network, recipe: Recipe, seed: int) -> list[Parameters]:
     """Return the weights of a fresh network after each number of steps in the recipe."""
     weights = {name: value.requires_grad_() for name, value in network.start(seed, data.images.dtype).items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=recipe.lr, weight_decay=recipe.decay)
+    optimizer = recipe.of(weights)
     generator = Generator().manual_seed(mixed("training", seed))
     found = []
     for step in range(1, recipe.steps[-1] + 1):

@@ -31,16 +31,21 @@ class Network:
         body: maps images `[b, *shape]` to features `[b, width]`; its values are not used, only its structure.
         shape: of one image.
         classes: C >= 2.
+        head_scale: > 0, of the head's fresh weights. What a fresh network says of real images is noise that training
+            on ten images cannot take back, as it moves ten directions only; a small head says little.
 
     Raises:
-        InvalidProblem: the body does not map such images to vectors.
+        InvalidProblem: the body does not map such images to vectors, or a number is out of its range.
     """
 
     body: nn.Module
     shape: tuple[int, ...]
     classes: int = 10
+    head_scale: float = 0.1
 
     def __post_init__(self) -> None:
+        if not self.head_scale > 0:
+            raise InvalidProblem(f"Network(head_scale=...) must be > 0, got {self.head_scale}.")
         if self.classes < 2:
             raise InvalidProblem(f"Network(classes=...) must be at least 2, got {self.classes}.")
         found = self._shape_of_features()
@@ -56,7 +61,7 @@ class Network:
         return int(self._shape_of_features()[1])
 
     def start(self, seed: int, dtype: torch.dtype = torch.float32) -> Parameters:
-        """Return fresh weights: normal with variance 2 / inputs (1 / inputs for the head), biases 0, norms 1."""
+        """Return fresh weights: normal, with variance 2 / inputs, or head_scale^2 / inputs; biases 0, norms 1."""
         generator = Generator().manual_seed(mixed("network", seed))
         shapes = {f"body.{name}": value.shape for name, value in self._body_parameters.items()}
         shapes |= {"head.weight": torch.Size((self.classes, self.width)), "head.bias": torch.Size((self.classes,))}
@@ -65,8 +70,8 @@ class Network:
             if len(shape) < 2:
                 weights[name] = torch.full(shape, float(name.endswith("weight")), dtype=dtype)
                 continue
-            gain = 1.0 if name.startswith("head") else 2.0
-            scale = (gain / shape[1:].numel()) ** 0.5
+            gain = self.head_scale if name.startswith("head") else 2.0**0.5
+            scale = gain / shape[1:].numel() ** 0.5
             weights[name] = scale * torch.randn(shape, generator=generator, dtype=dtype)
         return weights
 

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bilevel.problems import Part
 from bilevel.problems import distillation as dd
 from bilevel.problems.distillation.evaluation import accuracy, moved, trained
 from bilevel.problems.distillation.picture import grid
+from bilevel.problems.distillation.synthetic import training_loss
 from bilevel.status import InvalidProblem
 
 
@@ -154,6 +156,11 @@ def test_networks_start_by_seed() -> None:
     assert bool((a["body.1.weight"] == 1).all() & (a["head.bias"] == 0).all())
     wide = dd.mlp(4000, shape=(50,)).start(0)["body.1.weight"]
     assert float(wide.std()) == pytest.approx((2 / 50) ** 0.5, rel=0.02)
+    for scale in (0.1, 2.0):  # of the head only
+        head = replace(dd.mlp(shape=(4000,)), head_scale=scale).start(0)["head.weight"]
+        assert float(head.std()) == pytest.approx(scale / 4000**0.5, rel=0.02)
+        body = replace(dd.mlp(4000, shape=(50,)), head_scale=scale).start(0)["body.1.weight"]
+        assert torch.equal(body, dd.mlp(4000, shape=(50,)).start(0)["body.1.weight"])
     images = torch.randn(5, 2, 9, 9)
     assert torch.allclose(network.logits(a, images), network.features(a, images) @ a["head.weight"].T + a["head.bias"])
 
@@ -166,6 +173,8 @@ def test_bad_networks_are_refused() -> None:
         dd.mlp(0)
     with pytest.raises(InvalidProblem, match="Flatten"):
         dd.Network(nn.Conv2d(1, 2, 3), (1, 8, 8))
+    with pytest.raises(InvalidProblem, match="head_scale"):
+        dd.Network(nn.Flatten(), (1, 8, 8), head_scale=0.0)
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
@@ -212,11 +221,27 @@ def test_recipes_act(data: Part, network: dd.Network) -> None:
 
     plain = end()
     assert torch.equal(plain, end())
-    for change in ({"lr": 0.1}, {"decay": 1.0}, {"augment": 0.5}, {"batch_size": 2}, {"steps": (4,)}):
+    changes = {"lr": 0.1, "decay": 1.0, "augment": 0.5, "batch_size": 2, "steps": (4,), "optimizer": "sgd"}
+    for change in ({name: value} for name, value in changes.items()):
         assert not torch.equal(plain, end(**change)), change
     for bad in ({"lr": 0.0}, {"steps": ()}, {"steps": (2, 2)}, {"steps": (0,)}, {"augment": -1.0}, {"batch_size": 0}):
         with pytest.raises(InvalidProblem, match="Recipe"):
             dd.Recipe(**bad)
+    with pytest.raises(InvalidProblem, match="optimizer"):
+        dd.Recipe(optimizer="lbfgs")  # type: ignore[arg-type]
+
+
+def test_a_recipe_is_its_formula(data: Part, network: dd.Network) -> None:
+    synthetic = dd.random_images(data, network, 2)
+    start = {name: value.requires_grad_() for name, value in network.start(0, torch.float64).items()}
+    loss = training_loss(network.logits(start, synthetic.images), synthetic.targets, synthetic.loss)
+    gradients = dict(zip(start, torch.autograd.grad(loss, [*start.values()]), strict=True))
+    lr, decay = 0.1, 0.5
+    for optimizer, direction in (("sgd", lambda g: g), ("adam", lambda g: g / (g.abs() + 1e-8))):
+        (after,) = trained(synthetic, network, dd.Recipe(lr, (1,), decay, optimizer=optimizer), 0)  # type: ignore[arg-type]
+        for name, y in start.items():
+            wanted = (1 - lr * decay) * y - lr * direction(gradients[name])
+            assert torch.allclose(after[name], wanted, rtol=1e-12, atol=1e-12), (optimizer, name)
 
 
 def test_images_move_within_bounds() -> None:
