@@ -212,8 +212,7 @@ class _Examined:
 
     def _solved(self, x: Tensor) -> LowerMinimum:
         problem = self.oracles.problem
-        kinked = problem.regularizer is not None and not problem.regularizer.smooth
-        steps = STEPS["other" if kinked or problem.lower_set is not None else "smooth"]
+        steps = STEPS["other" if problem.proximal else "smooth"]
         return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=steps)
 
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:

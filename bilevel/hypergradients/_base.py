@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bilevel.layout import Variables
 from bilevel.oracles import Counts, Oracles
+from bilevel.problem import Problem
 from bilevel.replay import Visited
-from bilevel.status import Status
+from bilevel.status import InvalidProblem, Status
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,15 @@ class Estimator(ABC):
 
     replays: ClassVar[bool] = False
     """Whether it differentiates through training steps; then it takes them itself, starting from the y it is given."""
+
+    def refuse_beyond_smooth(self, problem: Problem, instead: str) -> None:
+        """Refuse a lower level with a set, constraints or kinks, and say why and what to use `instead`.
+
+        Raises:
+            InvalidProblem: the lower level is more than a smooth objective.
+        """
+        for part in problem.beyond_smooth:
+            raise InvalidProblem(f"{type(self).__name__} does not handle Problem({part}=...): {instead}")
 
     @abstractmethod
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> Any:

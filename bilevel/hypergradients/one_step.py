@@ -64,18 +64,9 @@ class OneStep(Estimator):
         Raises:
             InvalidProblem: the lower level has a set, constraints or kinks, which a plain step would ignore.
         """
-        problem = oracles.problem
-        kinked = problem.regularizer is not None and not problem.regularizer.smooth
-        parts = {
-            "lower_set": problem.lower_set, "constraint": problem.constraint, "equality": problem.equality,
-            "regularizer": problem.regularizer if kinked else None,
-        }  # fmt: skip
-        for name, part in parts.items():
-            if part is not None:
-                raise InvalidProblem(
-                    f"OneStep does not handle Problem({name}=...): its virtual step would ignore it. State a penalty "
-                    "or a smooth regularizer (L2)."
-                )
+        self.refuse_beyond_smooth(
+            oracles.problem, "its virtual step would ignore it. State a penalty or a smooth regularizer (L2)."
+        )
 
     def estimate(
         self,

@@ -46,14 +46,14 @@ def minimize(
         NonFinite: a lower value or gradient is not finite.
     """
     problem = oracles.problem
-    if problem.constraint is not None or problem.equality is not None:
+    if problem.constrained:
         return _constrained(oracles, x, y, batch, max_steps)
-    if problem.lower_set is None and (problem.regularizer is None or problem.regularizer.smooth):
-        lbfgs = LBFGS(max_steps=max_steps, tol=tol, patience=60)
-        found = minimize_smooth(oracles, lbfgs, x, y, batch=batch)
-    else:
+    if problem.proximal:
         proximal = ProximalGradient(max_steps=max_steps, tol=tol)
         found = minimize_proximal(oracles, proximal, x, oracles.project_y(y), batch=batch)
+    else:
+        lbfgs = LBFGS(max_steps=max_steps, tol=tol, patience=60)
+        found = minimize_smooth(oracles, lbfgs, x, y, batch=batch)
     return LowerMinimum(found.y, found.status, float(found.gradient_norm), found.steps)
 
 

@@ -118,15 +118,13 @@ class Solver(ABC, Generic[S]):
         A wrong answer without a word would be the alternative: an implicit hypergradient ignores active constraints.
         """
         self._refuse_tasks(problem)
-        regularizer = problem.regularizer
-        parts = {
-            "lower_set": ("handles_lower_set", problem.lower_set is not None),
-            "constraint": ("handles_constraints", problem.constraint is not None),
-            "equality": ("handles_constraints", problem.equality is not None),
-            "regularizer": ("handles_nonsmooth", regularizer is not None and not regularizer.smooth),
-        }
-        for part, (fact, present) in parts.items():
-            if not present or getattr(self, fact):
+        facts = {
+            "lower_set": "handles_lower_set", "constraint": "handles_constraints", "equality": "handles_constraints",
+            "regularizer": "handles_nonsmooth",
+        }  # fmt: skip
+        for part in problem.beyond_smooth:
+            fact = facts[part]
+            if getattr(self, fact):
                 continue
             able = [kind.__name__ for kind in Solver.__subclasses__() if getattr(kind, fact)]
             choice = f"Use {' or '.join(sorted(able))}" if able else f"Use a solver whose {fact} is True"

@@ -134,7 +134,7 @@ class LVHBA(Solver[LVHBAState]):
         """Return the state before the first step, with θ = y and multipliers 0; measures curvatures and constraints."""
         self.refuse(oracles.problem)
         problem = oracles.problem
-        if problem.joint_set is None and (problem.constraint is not None or problem.equality is not None):
+        if problem.joint_set is None and problem.constrained:
             raise InvalidProblem(
                 "LVHBA projects on {(x, y): c <= 0, h = 0}: pass Problem(joint_set=...), such as JointHalfspace or "
                 "JointPolyhedron. Where that is too hard, BLOCC needs no projection."

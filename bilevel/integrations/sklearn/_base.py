@@ -54,16 +54,11 @@ class Statement:
     y0: Tensor
     upper: Optimizer[Any] | None = None
 
-    @property
-    def kinks(self) -> bool:
-        """Whether the lower level has kinks."""
-        regularizer = self.problem.regularizer
-        return regularizer is not None and not regularizer.smooth
-
     def solver(self, x: Strengths) -> Profile:
         """Return what tunes from x: one penalty by secants, many, or kinks, by signs."""
-        alone = sum(value.numel() for value in x.values()) == 1 and not self.kinks
-        return Profile(self.solve, self.upper or (Secant() if alone else Rprop()), kinks=self.kinks)
+        kinked = self.problem.kinked
+        alone = sum(value.numel() for value in x.values()) == 1 and not kinked
+        return Profile(self.solve, self.upper or (Secant() if alone else Rprop()), kinks=kinked)
 
     def losses(self, x: Strengths, y: Tensor) -> Tensor:
         """Return the validation loss of each fold, `[m]`."""
