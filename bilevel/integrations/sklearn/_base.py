@@ -141,7 +141,7 @@ class Tuned(BaseEstimator, ABC):
 
     @abstractmethod
     def _learned(self, y: Tensor, folds: Folds) -> None:
-        """Set the fitted attributes from the solution on all data, in units of the user."""
+        """Set the fitted attributes from the solution on all data, in units of the user; the penalties are set."""
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
@@ -187,6 +187,8 @@ class Tuned(BaseEstimator, ABC):
         final = self._stated(whole, groups)
         chosen: Any = self.solution_.best_x
         self.best_params_ = self._natural(chosen, whole)
+        for name, value in self.best_params_.items():
+            setattr(self, f"{name}_", value)
         self.best_score_ = -self.solution_.best_value * self._unit(folds)
         self.cv_results_ = self._results(record, folds)
         self.n_iter_ = len(self.solution_.history)
