@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bilevel.optimizers._hyperparameters import check_function
 from bilevel.oracles import LowerGradient, Oracles, UpperGradient
 from bilevel.smoothness import check_curved, smoothness
 from bilevel.status import InvalidProblem
@@ -23,12 +24,14 @@ FORGET = 0.99
 
 
 def check_schedule(name: str, value: Any) -> None:
-    """Refuse what is neither a number > 0 nor a function.
+    """Refuse what is neither a number > 0 nor a function of `(x, step)`.
 
     Raises:
         InvalidProblem: so it is.
     """
-    if not callable(value) and not (isinstance(value, int | float) and 0 < value < float("inf")):
+    if callable(value) and not isinstance(value, type):
+        check_function(name, value)
+    elif not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise InvalidProblem(f"{name} must be a finite number > 0 or a schedule such as Power, got {value!r}.")
 
 
