@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import inf
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -77,6 +78,44 @@ def check_upper(upper: Any) -> None:
     """
     if isinstance(upper, LBFGS) or not isinstance(upper, Optimizer):
         raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), not LBFGS, got {upper!r}.")
+
+
+def check_positive(**options: float | None) -> None:
+    """Refuse options that are not in (0, inf); None passes.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 < value < inf:
+            raise InvalidProblem(f"{name} must be > 0, got {value}.")
+
+
+def check_nonnegative(**options: float | None) -> None:
+    """Refuse options that are not in [0, inf); None passes.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 <= value < inf:
+            raise InvalidProblem(f"{name} must be >= 0, got {value}.")
+
+
+def check_lower_steps(lower_steps: int) -> None:
+    """Refuse less than one lower step.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    if lower_steps < 1:
+        raise InvalidProblem(f"lower_steps must be >= 1, got {lower_steps}.")
+
+
+def moved_x(oracles: Oracles, upper: Optimizer[Any], x: Tensor, h: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return x after a step of the upper optimizer along h, projected on the upper set, and the optimizer's state."""
+    x_next, after = upper.update(x, h, state, oracles.x_layout.unflatten(x))
+    return oracles.project_x(x_next), after
 
 
 def projected_gradient(oracles: Oracles, x: Tensor, h: Tensor) -> Tensor:

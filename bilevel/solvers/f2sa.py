@@ -13,7 +13,7 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
+from bilevel.solvers._base import Metrics, Solver, check_lower_steps, check_upper, moved_x, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -104,8 +104,7 @@ class F2SA(Solver[F2SAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         if not 0 <= self.momentum < 1:
             raise InvalidProblem(f"momentum must be in [0, 1), got {self.momentum!r}.")
         check_schedule("penalty", self.penalty)
@@ -139,10 +138,9 @@ class F2SA(Solver[F2SAState]):
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
         metrics = Metrics.unsolved(oracles.upper_value(x, z, last), gap.value.value, gap.value.y, residuals)
-        x_next = oracles.project_x(new_x)
         return F2SAState(x_next, z, y, (v, u), state.step + 1, upper, curvature, metrics)
 
     def backtracked(self, factor: float) -> F2SA:

@@ -13,7 +13,7 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
+from bilevel.solvers._base import Metrics, Solver, check_upper, moved_x, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -152,10 +152,10 @@ class F3SA(Solver[F3SAState]):
             moved(a, b - c, keep) for a, b, c in zip(_in_x(gap), old[3:], _in_x(past), strict=True)
         )
         h = moved(f_x, g_x_at_y - g_x_at_z, penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
         return F3SAState(
-            x=oracles.project_x(new_x),
+            x=x_next,
             y=new_z,
             relaxed=new_y,
             before=(x, z, y),

@@ -13,7 +13,15 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient, projected_lower_gradient
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_upper,
+    moved_x,
+    projected_gradient,
+    projected_lower_gradient,
+)
 from bilevel.status import InvalidProblem
 
 
@@ -108,8 +116,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         if self.prox is not None and not self.prox > 0:
             raise InvalidProblem(f"prox must be > 0 (inf: none), got {self.prox}.")
         if not 0 < self.averaging <= 1:
@@ -151,11 +158,11 @@ class ProxF2SA(Solver[ProxF2SAState]):
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         in_y, in_z = gap.residuals(penalty)
         in_y, in_z = projected_lower_gradient(oracles, y, in_y), projected_lower_gradient(oracles, z, in_z)
         return ProxF2SAState(
-            x=oracles.project_x(new_x),
+            x=x_next,
             y=y,
             value=z,
             near_y=w,
