@@ -15,7 +15,7 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, wanted_at
 from bilevel.solvers._base import (
     Metrics,
     Solver,
@@ -145,15 +145,13 @@ class BLOCC(Solver[BLOCCState]):
             raise InvalidProblem(f"multiplier_lr must be in (0, 2], got {self.multiplier_lr}.")
         check_positive(bound=self.bound)
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BLOCCState:
         """Return the state before the first step, with multipliers 0; measures curvatures and constraints."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0))
         scale = Scale.measure(oracles, x, y)
         none, size = torch.zeros_like(scale.norms), 1 + torch.cat([x, y.flatten()]).norm()
         return BLOCCState(
@@ -167,7 +165,7 @@ class BLOCC(Solver[BLOCCState]):
         lower, relaxed = Saddle(state.y, state.multiplier), state.relaxed
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         moves: list[Tensor] = []
-        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = wanted_at(self.lower_lr, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             in_z = oracles.lower_gradient(x, lower.y, k)[1]

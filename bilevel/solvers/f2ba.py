@@ -94,15 +94,13 @@ class F2BA(Solver[F2BAState]):
             if callable(getattr(self, name)):
                 raise InvalidProblem(f"F2BA's {name} is one number; F2SA takes schedules.")
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> F2BAState:
         """Return the state before the first step; measures curvatures."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(self.lower_lr, self.penalty)
+        curvature.check(self.lower_lr, self.penalty)
         return F2BAState(x, y, y, 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: F2BAState) -> F2BAState:

@@ -12,7 +12,7 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved, wanted_at
 from bilevel.solvers._base import (
     Metrics,
     Solver,
@@ -122,8 +122,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         if not 0 < self.averaging <= 1:
             raise InvalidProblem(f"averaging must be in (0, 1], got {self.averaging}.")
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ProxF2SAState:
         """Return the state before the first step; measures curvatures."""
@@ -133,8 +132,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         pull = (
             curvature.lower / self.lower_steps if self.prox is None else torch.full_like(curvature.lower, 1 / self.prox)
         )
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), pull)
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0), pull)
         return ProxF2SAState(x, y, y, y, y, pull, 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: ProxF2SAState) -> ProxF2SAState:
@@ -142,7 +140,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         x, y, z, w, u = state.x, state.y, state.value, state.near_y, state.near_value
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         curvature = state.curvature
-        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = wanted_at(self.lower_lr, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = lower_batches(k, shared=self.shared_batches)
