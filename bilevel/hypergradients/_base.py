@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bilevel.layout import Variables
@@ -51,6 +52,37 @@ class Certificate:
     counts: Counts
     margin: Tensor | None = None
     growth: Tensor | None = None
+
+    @classmethod
+    def unsolved(
+        cls,
+        status: Status,
+        lower_gradient_norm: Tensor,
+        counts: Counts,
+        *,
+        error_estimate: Tensor | None = None,
+        growth: Tensor | None = None,
+    ) -> Certificate:
+        """Return what can be said of a gradient that took no linear solve, such as one through training steps.
+
+        Args:
+            status: CONVERGED for a derivative that is exact but for rounding, APPROXIMATE for others.
+            lower_gradient_norm: `‖dg/dy‖` at the y used.
+            counts: what it cost.
+            error_estimate: as above.
+            growth: as above.
+        """
+        return cls(
+            status=status,
+            residual=torch.full_like(lower_gradient_norm, float("nan")),
+            lower_gradient_norm=lower_gradient_norm,
+            curvature=None,
+            error_estimate=error_estimate,
+            lower_distance_bound=None,
+            linear_distance_bound=None,
+            counts=counts,
+            growth=growth,
+        )
 
     def __str__(self) -> str:
         error = "not estimated" if self.error_estimate is None else f"{float(self.error_estimate):.2e}"

@@ -82,8 +82,7 @@ class OneStep(Estimator):
     ) -> tuple[Estimate, None]:
         """Return the estimate at `(x, y)`; see `Estimator.estimate`. Its error is not estimated."""
         before, lr = oracles.counts, self._length(oracles, x, lower_step)
-        missing = torch.full_like(x.sum(), float("nan"))
-        slope = missing
+        slope = torch.full_like(x.sum(), float("nan"))
         if lr == 0:
             upper = oracles.upper_gradient(x, y, upper_step)
             value, gradient, lower_value = upper.value, upper.x, oracles.lower_value(x, y, lower_step)
@@ -99,16 +98,7 @@ class OneStep(Estimator):
                 cross = lower.cross(upper.y)
             value, slope = oracles.upper_value(x, y, upper_step), along.norm()
             gradient = upper.x - lr * cross
-        certificate = Certificate(
-            status=Status.APPROXIMATE,
-            residual=missing,
-            lower_gradient_norm=slope,
-            curvature=None,
-            error_estimate=None,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
-        )
+        certificate = Certificate.unsolved(Status.APPROXIMATE, slope, oracles.counts - before)
         return Estimate(gradient, value, lower_value, y, certificate), None
 
     def _by_differences(self, oracles: Oracles, x: Tensor, y: Tensor, v: Tensor, step: int) -> Tensor:
