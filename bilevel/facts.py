@@ -70,14 +70,7 @@ class Facts(NamedTuple):
 def measured(problem: Problem, x0: Variables, y0: Variables | None, seed: int) -> tuple[Oracles, Tensor, Tensor, Facts]:
     """Open the oracles of a problem at a start, and measure it there; warnings are the caller's to silence."""
     oracles, x, y, only, second = _opened(problem, x0, y0, seed)
-    regularizer = problem.regularizer
-    present = {
-        "lower_set": problem.lower_set is not None,
-        "constraint": problem.constraint is not None,
-        "equality": problem.equality is not None,
-        "kinks": regularizer is not None and not regularizer.smooth,
-    }
-    parts = tuple(name for name, there in present.items() if there)
+    parts = tuple("kinks" if field == "regularizer" else field for field in problem.beyond_smooth)
     lengths = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(oracles.batch("lower", 0))}
     graph, curvature = 0, None
     if second is not None:
@@ -85,7 +78,7 @@ def measured(problem: Problem, x0: Variables, y0: Variables | None, seed: int) -
         curvature = None if parts else _curvature(oracles, x, y)
     declared = oracles.declared(x).curvature(y)
     spread = 1.0
-    if declared is not None and not present["kinks"] and float(declared.max()) > 0:
+    if declared is not None and not problem.kinked and float(declared.max()) > 0:
         spread = float(declared.max() / declared.min().clamp_min(1e-30))
     facts = Facts(
         upper=x.numel(), lower=y.shape[-1], blocks=problem.blocks,

@@ -104,9 +104,9 @@ def conditions(
     weights = _fitting(multiplier, (*flat_y.shape[:-1], sum(sizes.values())), flat_y)
     terms = constraint_terms(oracles, flat_x, flat_y, weights, q, step)
 
-    declared, smooth = oracles.declared(flat_x), problem.regularizer is None or problem.regularizer.smooth
-    slope = oracles.lower_gradient(flat_x, flat_y, step, declared=smooth)[1] + terms.y
-    moved = flat_y - slope if smooth else declared.prox(flat_y - slope, 1.0)
+    declared, kinked = oracles.declared(flat_x), problem.kinked
+    slope = oracles.lower_gradient(flat_x, flat_y, step, declared=not kinked)[1] + terms.y
+    moved = declared.prox(flat_y - slope, 1.0) if kinked else flat_y - slope
     outside = (flat_y - oracles.project_y(flat_y)).norm()
     inequality = weights[..., :q]
     slackness = torch.cat(

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.joint import joint_smoothness, natural_unit
 from bilevel.oracles import LowerGradient, Oracles
 from bilevel.smoothness import curvatures
-from bilevel.status import Diverged, InvalidProblem
+from bilevel.status import Diverged
 
 SAFE = 0.8
 """Steps in units of 1 / curvature: measured curvatures approach the largest one from below."""
@@ -85,19 +85,6 @@ class Curvatures(NamedTuple):
         convex = self.concave <= 1e-3 * self.lower
         allowed = torch.where(convex, torch.full_like(self.lower, torch.inf), 0.5 / self.concave.clamp_min(tiny))
         return torch.minimum(FLAT / self.lower.clamp_min(1e-3), allowed)
-
-
-def check_lr(name: str, lr: float | None, curvature: Tensor) -> None:
-    """Refuse a step beyond the limit of stability at the start, `lr curvature >= 2`.
-
-    Raises:
-        InvalidProblem: so it is.
-    """
-    if lr is not None and not 0 < lr * float(curvature) < 2:
-        raise InvalidProblem(
-            f"{name}={lr:.3g} is outside (0, {2 / float(curvature):.3g}), where its steps are stable at the start "
-            f"(curvature {float(curvature):.3g}); None measures a safe one."
-        )
 
 
 def check_runaway(size: Tensor, step: int, advice: str, **points: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bilevel.optimizers._base import at
+from bilevel.optimizers._hyperparameters import check_function
 from bilevel.oracles import LowerGradient, Oracles, UpperGradient
 from bilevel.smoothness import check_curved, smoothness
 from bilevel.status import InvalidProblem
@@ -22,14 +24,23 @@ LIMIT = 0.95
 FORGET = 0.99
 
 
-def check_schedule(name: str, value: Any) -> None:
-    """Refuse what is neither a number > 0 nor a function.
+def check_schedule(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is neither a number > 0 nor a function of `(x, step)`, nor None where it is `optional`.
 
     Raises:
         InvalidProblem: so it is.
     """
-    if not callable(value) and not (isinstance(value, int | float) and 0 < value < float("inf")):
+    if optional and value is None:
+        return
+    if callable(value) and not isinstance(value, type):
+        check_function(name, value)
+    elif not (isinstance(value, int | float) and 0 < value < float("inf")):
         raise InvalidProblem(f"{name} must be a finite number > 0 or a schedule such as Power, got {value!r}.")
+
+
+def wanted_at(lr: Schedule | None, step: int) -> float | Tensor | None:
+    """Return the step length that a user wants at a step; None where it is to be measured."""
+    return None if lr is None else at(lr, None, step)
 
 
 def stable(momentum: float) -> float:
@@ -102,13 +113,15 @@ class Curvature(NamedTuple):
         return SAFE / total if wanted is None else (LIMIT * stable(momentum) / total).clamp_max(wanted)
 
     def check(
-        self, lr: float | Tensor, penalty: float | Tensor, pull: float | Tensor = 0.0, *, momentum: float = 0.0
+        self, lr: float | Tensor | None, penalty: float | Tensor, pull: float | Tensor = 0.0, *, momentum: float = 0.0
     ) -> None:
-        """Refuse a lower step beyond the limit of stability at the start.
+        """Refuse a lower step wanted that is beyond the limit of stability at the start.
 
         Raises:
             InvalidProblem: `lr (curvature of g + f / penalty, plus pull) >= stable(momentum)`.
         """
+        if lr is None:
+            return
         total = float(self.lower + self.upper / penalty + pull)
         limit = stable(momentum) / total
         if not 0 < float(lr) < limit:

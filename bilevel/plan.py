@@ -195,8 +195,7 @@ def _objection(solver: Solver[Any], problem: Problem, facts: Facts) -> str:
             return "needs SciPy"
         if facts.upper + facts.lower * (facts.blocks or 1) > KKT_SIZE:
             return f"more than {KKT_SIZE} unknowns"
-    coupled = "constraint" in facts.parts or "equality" in facts.parts
-    if isinstance(solver, LVHBA) and coupled and problem.joint_set is None:
+    if isinstance(solver, LVHBA) and problem.constrained and problem.joint_set is None:
         return "needs Problem(joint_set=...), a projection on the joint set"
     return ""
 
@@ -226,7 +225,7 @@ def _candidates(problem: Problem, facts: Facts, lower: Optimizer[Any] | None, st
             yield name, maml(lower_steps=held), f"x is the start from which {problem.blocks} tasks are adapted to"
         if lower is not None or problem.lower_init is not None:
             yield _trained(lower, steps, "x acts through training alone, so training itself is differentiated")
-    elif "constraint" in facts.parts or "equality" in facts.parts:
+    elif problem.constrained:
         yield from _constrained(problem, facts)
     elif facts.parts:
         yield from _nonsmooth(facts)

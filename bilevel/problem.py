@@ -100,3 +100,29 @@ class Problem:
     def deterministic_lower(self) -> bool:
         """Whether every lower step sees the same batch."""
         return self.lower_data is None or self.lower_data.deterministic
+
+    @property
+    def kinked(self) -> bool:
+        """Whether the lower level has a regularizer with kinks."""
+        return self.regularizer is not None and not self.regularizer.smooth
+
+    @property
+    def proximal(self) -> bool:
+        """Whether lower steps need a prox or a projection: for kinks or a lower set."""
+        return self.kinked or self.lower_set is not None
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the lower level has constraints, c or h."""
+        return self.constraint is not None or self.equality is not None
+
+    @property
+    def beyond_smooth(self) -> tuple[str, ...]:
+        """The fields by which the lower level is more than a smooth, unconstrained objective."""
+        fields = {
+            "lower_set": self.lower_set is not None,
+            "constraint": self.constraint is not None,
+            "equality": self.equality is not None,
+            "regularizer": self.kinked,
+        }
+        return tuple(name for name, present in fields.items() if present)

@@ -81,3 +81,16 @@ def check_curved(curvature: Tensor, floor: float | Tensor) -> None:
             "the lower objective has no curvature in y at the start, so no step is known to be stable; start "
             "elsewhere, add a regularizer (bilevel.L2), or declare its kinks (bilevel.L1 and relatives) and use MEHA."
         )
+
+
+def check_lr(name: str, lr: float | None, curvature: Tensor) -> None:
+    """Refuse a step beyond the limit of stability at the start, `lr curvature >= 2`.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    if lr is not None and not lr * float(curvature) < 2:
+        raise InvalidProblem(
+            f"{name}={lr:.3g} is outside (0, {2 / float(curvature):.3g}), where its steps are stable at the start "
+            f"(curvature {float(curvature):.3g}); None measures a safe one."
+        )

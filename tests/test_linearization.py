@@ -380,7 +380,14 @@ def test_ill_conditioned_objectives_raise_no_false_alarm(dtype: torch.dtype) -> 
             lower=lambda x, y, b, f=features, t=targets: (x.exp() * softplus((f @ y - t).square())).mean(),
             hvp="double_backward",
         )
-        open_oracles(problem, draw(30, seed=seed + 300).to(dtype), y)
+        oracles, flat_x, flat_y = open_oracles(problem, draw(30, seed=seed + 300).to(dtype), y)
+        v = draw(12, seed=seed + 400).to(dtype)
+        residual = features @ y - targets
+        softness = (residual.square()).sigmoid()
+        bend = 2 * softness + 4 * residual.square() * softness * (1 - softness)
+        expected = features.T @ (flat_x.exp() * bend * (features @ v)) / 30
+        found = oracles.linearize_lower(flat_x, flat_y).hvp(v)
+        assert float((found - expected).norm() / expected.norm()) < (1e-9 if dtype == torch.float64 else 1e-3)
 
 
 class OneByOne(torch.autograd.Function):

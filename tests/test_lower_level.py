@@ -63,6 +63,45 @@ def test_options_bound_the_work() -> None:
     assert 1e-8 < float(loose.residual) <= 1.0
 
 
+def test_without_a_bound_proximal_gradients_take_the_steps_they_need() -> None:
+    """Curvatures from 1e-5 to 1: proximal gradients crawl, and 2000 of them are too few."""
+    scale = torch.logspace(-5, 0, 8, dtype=torch.float64)
+    crawling = bilevel.Problem(
+        upper=lambda x, y, batch: (y - x).square().sum(),
+        lower=lambda x, y, batch: 0.5 * (scale * (y - x).square()).sum(),
+        regularizer=bilevel.L1(1e-9),
+    )
+    start = START[0], torch.zeros(8, dtype=torch.float64)
+    found = bilevel.solve_lower(crawling, *start)
+    assert found.status is bilevel.Status.CONVERGED
+    assert found.steps > 2000
+    torch.testing.assert_close(found.y, 1 - 1e-9 / scale, rtol=0, atol=2e-3)
+    assert bilevel.solve_lower(crawling, *start, max_steps=2000).status is bilevel.Status.STEP_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("bound", "parts"),
+    [
+        ("LBFGS_STEPS", {}),
+        ("PROXIMAL_STEPS", {"regularizer": bilevel.L1(1e-3)}),
+        ("SLSQP_STEPS", {"constraint": lambda x, y, batch: y.sum().reshape(1) - 1}),
+    ],
+)
+def test_each_minimizer_has_a_bound_of_its_own(
+    bound: str, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curved = bilevel.Problem(
+        upper=lambda x, y, batch: (y - x).square().sum(),
+        lower=lambda x, y, batch: ((y - B * x).exp() - y + y.square()).sum() + y.prod().square(),
+        **parts,
+    )
+    assert bilevel.solve_lower(curved, *START).steps > 2
+    monkeypatch.setattr(f"bilevel.lower_level.minimizers.{bound}", 2)
+    few = bilevel.solve_lower(curved, *START)
+    assert (few.status, few.steps) == (bilevel.Status.STEP_LIMIT, 2)
+    assert bilevel.solve_lower(curved, *START, max_steps=100).steps > 2
+
+
 def test_the_start_is_not_changed_and_structures_are_kept() -> None:
     stated = bilevel.Problem(
         upper=lambda x, y, batch: (y["a"] - x).square().sum(), lower=lambda x, y, batch: (y["a"] - B * x).square().sum()

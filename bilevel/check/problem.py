@@ -20,8 +20,6 @@ from bilevel.oracles import Oracles
 from bilevel.problem import Problem
 from bilevel.status import BilevelError, Diverged, NonFinite, Status
 
-STEPS = {"smooth": 1000, "other": 20000}
-"""Of a lower solve, at most: those of L-BFGS are few, those of proximal gradients many and cheap."""
 STEP = 1e-3
 """Length of the longer difference, for x near 1."""
 SHORTER = 3.0
@@ -211,10 +209,7 @@ class _Examined:
         return _judged(slopes, differences, rounding / steps[1], float(h.norm()), certificate)
 
     def _solved(self, x: Tensor) -> LowerMinimum:
-        problem = self.oracles.problem
-        kinked = problem.regularizer is not None and not problem.regularizer.smooth
-        steps = STEPS["other" if kinked or problem.lower_set is not None else "smooth"]
-        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps, max_steps=steps)
+        return minimize(self.oracles, x, self.y, self.step, tol=10 * torch.finfo(x.dtype).eps)
 
     def _estimate(self, x: Tensor, y: Tensor, state: Any, *, certify: bool) -> Estimate:
         return self.estimator.estimate(

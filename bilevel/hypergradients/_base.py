@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from bilevel.layout import Variables
 from bilevel.oracles import Counts, Oracles
+from bilevel.problem import Problem
 from bilevel.replay import Visited
-from bilevel.status import Status
+from bilevel.status import InvalidProblem, Status
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,37 @@ class Certificate:
     counts: Counts
     margin: Tensor | None = None
     growth: Tensor | None = None
+
+    @classmethod
+    def unsolved(
+        cls,
+        status: Status,
+        lower_gradient_norm: Tensor,
+        counts: Counts,
+        *,
+        error_estimate: Tensor | None = None,
+        growth: Tensor | None = None,
+    ) -> Certificate:
+        """Return what can be said of a gradient that took no linear solve, such as one through training steps.
+
+        Args:
+            status: CONVERGED for a derivative that is exact but for rounding, APPROXIMATE for others.
+            lower_gradient_norm: `‖dg/dy‖` at the y used.
+            counts: what it cost.
+            error_estimate: as above.
+            growth: as above.
+        """
+        return cls(
+            status=status,
+            residual=torch.full_like(lower_gradient_norm, float("nan")),
+            lower_gradient_norm=lower_gradient_norm,
+            curvature=None,
+            error_estimate=error_estimate,
+            lower_distance_bound=None,
+            linear_distance_bound=None,
+            counts=counts,
+            growth=growth,
+        )
 
     def __str__(self) -> str:
         error = "not estimated" if self.error_estimate is None else f"{float(self.error_estimate):.2e}"
@@ -128,6 +161,15 @@ class Estimator(ABC):
 
     replays: ClassVar[bool] = False
     """Whether it differentiates through training steps; then it takes them itself, starting from the y it is given."""
+
+    def refuse_beyond_smooth(self, problem: Problem, instead: str) -> None:
+        """Refuse a lower level with a set, constraints or kinks, and say why and what to use `instead`.
+
+        Raises:
+            InvalidProblem: the lower level is more than a smooth objective.
+        """
+        for part in problem.beyond_smooth:
+            raise InvalidProblem(f"{type(self).__name__} does not handle Problem({part}=...): {instead}")
 
     @abstractmethod
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> Any:

@@ -83,17 +83,9 @@ class Trained(Estimator):
             InvalidProblem: the lower level has a set, constraints or kinks.
             UnusedHyperparameter: a leaf of x acts nowhere in the first steps, the start and the upper objective.
         """
-        problem = oracles.problem
-        parts = {
-            "lower_set": problem.lower_set, "constraint": problem.constraint, "equality": problem.equality,
-            "regularizer": None if problem.regularizer is None or problem.regularizer.smooth else problem.regularizer,
-        }  # fmt: skip
-        for name, part in parts.items():
-            if part is not None:
-                raise InvalidProblem(
-                    f"{type(self).__name__} does not handle Problem({name}=...): its training steps would ignore it. "
-                    "State a penalty or a smooth regularizer (L2)."
-                )
+        self.refuse_beyond_smooth(
+            oracles.problem, "its training steps would ignore it. State a penalty or a smooth regularizer (L2)."
+        )
         state = TrainedState(y, None, self._measured(oracles, x, y), 0)
         self._check_used(oracles, x, y, state)
         return state

@@ -79,7 +79,7 @@ class ActiveSet(Estimator):
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ActiveSetState:
         """Return the state without a warm start."""
         problem = oracles.problem
-        if problem.constraint is not None or problem.equality is not None:
+        if problem.constrained:
             raise InvalidProblem("ActiveSet handles kinks and bounds; for constraint= and equality= use ImplicitKKT.")
         if problem.lower_set is not None and problem.regularizer is not None and not problem.regularizer.by_entry:
             raise InvalidProblem(
@@ -157,8 +157,7 @@ def _fixed(view: FaceView, x: Tensor, upper_step: int, lower_step: int, certify:
 
 def _judged(view: FaceView, x: Tensor, certificate: Certificate, box: Bounds) -> Certificate:
     """Add the margin, and what the lower gradient lacks at kinks and bounds."""
-    problem = view.oracles.problem
-    if problem.lower_set is None and (problem.regularizer is None or problem.regularizer.smooth):
+    if not view.oracles.problem.proximal:
         return certificate
     face, y, gradient, declared = view.face, view.face.y, view.gradient, view.oracles.declared(x)
     slack = held_slack(declared, y, gradient, box)

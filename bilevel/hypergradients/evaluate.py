@@ -69,7 +69,6 @@ def fitting(problem: Problem) -> Estimator:
     """Return the estimator for what the lower level of a problem is made of."""
     if not isinstance(problem, Problem):  # which the door will say
         return Implicit()
-    if problem.constraint is not None or problem.equality is not None:
+    if problem.constrained:
         return ImplicitKKT()
-    kinked = problem.regularizer is not None and not problem.regularizer.smooth
-    return ActiveSet() if kinked or problem.lower_set is not None else Implicit()
+    return ActiveSet() if problem.proximal else Implicit()

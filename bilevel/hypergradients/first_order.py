@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Certificate, Estimate
@@ -42,7 +41,7 @@ class FirstOrder(Trained):
         5.2). Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018, arXiv 1803.02999 (Algorithm 1).
 
     Example:
-        >>> import bilevel
+        >>> import bilevel, torch
         >>> problem = bilevel.Problem(
         ...     upper=lambda x, y, batch: 0.5 * (y - 3.0).square(), lower=lambda x, y, batch: 0.5 * y.square() + 0 * x,
         ...     lower_init=lambda x: 1.0 * x)
@@ -87,15 +86,5 @@ class FirstOrder(Trained):
         along = (start - now.y) / blocks if self.reptile else upper.y
         gradient = upper.x + through_init(oracles, x, along)
         lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.batch_after(self.steps))
-        missing = torch.full_like(upper.value, float("nan"))
-        certificate = Certificate(
-            status=Status.APPROXIMATE,
-            residual=missing,
-            lower_gradient_norm=lower_gradient.norm(),
-            curvature=None,
-            error_estimate=None,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
-        )
+        certificate = Certificate.unsolved(Status.APPROXIMATE, lower_gradient.norm(), oracles.counts - before)
         return Estimate(gradient, upper.value, lower_value, now.y, certificate), after

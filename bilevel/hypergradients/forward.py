@@ -112,15 +112,11 @@ class ForwardMode(Trained):
             error = ((len(x) + 1) / self.directions * slopes.square().mean()).sqrt()
         gradient = upper.x + through
         lower_value, lower_gradient = oracles.lower_gradient(x, now.y, training.batch_after(self.steps))
-        certificate = Certificate(
-            status=Status.CONVERGED if self.directions is None and not self.carry else Status.APPROXIMATE,
-            residual=torch.full_like(upper.value, float("nan")),
-            lower_gradient_norm=lower_gradient.norm(),
-            curvature=None,
+        certificate = Certificate.unsolved(
+            Status.CONVERGED if self.directions is None and not self.carry else Status.APPROXIMATE,
+            lower_gradient.norm(),
+            oracles.counts - before,
             error_estimate=error,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
         )
         estimate = Estimate(gradient, upper.value, lower_value, now.y, certificate)
         return estimate, after._replace(optimizer=now.optimizer, memory=tuple(tangents) if self.carry else None)

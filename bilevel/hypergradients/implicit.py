@@ -86,20 +86,11 @@ class Implicit(Estimator):
         Raises:
             InvalidProblem: the lower level is constrained or has kinks, where the implicit function theorem says less.
         """
-        problem = oracles.problem
-        parts = {
-            "lower_set": problem.lower_set,
-            "constraint": problem.constraint,
-            "equality": problem.equality,
-            "regularizer": None if problem.regularizer is None or problem.regularizer.smooth else problem.regularizer,
-        }
-        for name, part in parts.items():
-            if part is not None:
-                raise InvalidProblem(
-                    f"Implicit does not handle Problem({name}=...): it holds at unconstrained minima of smooth lower "
-                    "objectives, and would answer wrongly elsewhere. Use ActiveSet (kinks, boxes) or ImplicitKKT "
-                    "(constraints), or state a penalty or a smooth regularizer (L2)."
-                )
+        self.refuse_beyond_smooth(
+            oracles.problem,
+            "it holds at unconstrained minima of smooth lower objectives, and would answer wrongly elsewhere. Use "
+            "ActiveSet (kinks, boxes) or ImplicitKKT (constraints), or state a penalty or a smooth regularizer (L2).",
+        )
         return ImplicitState(None, None, None, 0)
 
     def estimate(

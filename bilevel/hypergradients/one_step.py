@@ -64,18 +64,9 @@ class OneStep(Estimator):
         Raises:
             InvalidProblem: the lower level has a set, constraints or kinks, which a plain step would ignore.
         """
-        problem = oracles.problem
-        kinked = problem.regularizer is not None and not problem.regularizer.smooth
-        parts = {
-            "lower_set": problem.lower_set, "constraint": problem.constraint, "equality": problem.equality,
-            "regularizer": problem.regularizer if kinked else None,
-        }  # fmt: skip
-        for name, part in parts.items():
-            if part is not None:
-                raise InvalidProblem(
-                    f"OneStep does not handle Problem({name}=...): its virtual step would ignore it. State a penalty "
-                    "or a smooth regularizer (L2)."
-                )
+        self.refuse_beyond_smooth(
+            oracles.problem, "its virtual step would ignore it. State a penalty or a smooth regularizer (L2)."
+        )
 
     def estimate(
         self,
@@ -91,8 +82,7 @@ class OneStep(Estimator):
     ) -> tuple[Estimate, None]:
         """Return the estimate at `(x, y)`; see `Estimator.estimate`. Its error is not estimated."""
         before, lr = oracles.counts, self._length(oracles, x, lower_step)
-        missing = torch.full_like(x.sum(), float("nan"))
-        slope = missing
+        slope = torch.full_like(x.sum(), float("nan"))
         if lr == 0:
             upper = oracles.upper_gradient(x, y, upper_step)
             value, gradient, lower_value = upper.value, upper.x, oracles.lower_value(x, y, lower_step)
@@ -108,16 +98,7 @@ class OneStep(Estimator):
                 cross = lower.cross(upper.y)
             value, slope = oracles.upper_value(x, y, upper_step), along.norm()
             gradient = upper.x - lr * cross
-        certificate = Certificate(
-            status=Status.APPROXIMATE,
-            residual=missing,
-            lower_gradient_norm=slope,
-            curvature=None,
-            error_estimate=None,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
-        )
+        certificate = Certificate.unsolved(Status.APPROXIMATE, slope, oracles.counts - before)
         return Estimate(gradient, value, lower_value, y, certificate), None
 
     def _by_differences(self, oracles: Oracles, x: Tensor, y: Tensor, v: Tensor, step: int) -> Tensor:

@@ -95,15 +95,11 @@ class PoolGradient(Trained):
         u = training.cotangent_of_gradient(at, entered, found.initial)
         gradient = found.upper.x + self._through_pool(oracles, x, entered, u)
         lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.batch_after(self.steps))
-        certificate = Certificate(
-            status=Status.CONVERGED,
-            residual=torch.full_like(found.growth, float("nan")),
-            lower_gradient_norm=lower_gradient.norm(),
-            curvature=None,
+        certificate = Certificate.unsolved(
+            Status.CONVERGED,
+            lower_gradient.norm(),
+            oracles.counts - before,
             error_estimate=rounding(gradient, self.last) * found.growth.clamp_min(1.0),
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
             growth=found.growth,
         )
         estimate = Estimate(gradient, found.upper.value, lower_value, found.last.y, certificate)

@@ -233,15 +233,11 @@ class Unrolled(Trained):
             )
         error = self._error(training, start, found, gradient, upper_step, anew=anew) if certify else None
         lower_value, lower_gradient = oracles.lower_gradient(x, found.last.y, training.batch_after(self.steps))
-        certificate = Certificate(
-            status=Status.CONVERGED if self._whole else Status.APPROXIMATE,
-            residual=torch.full_like(found.growth, float("nan")),
-            lower_gradient_norm=lower_gradient.norm(),
-            curvature=None,
+        certificate = Certificate.unsolved(
+            Status.CONVERGED if self._whole else Status.APPROXIMATE,
+            lower_gradient.norm(),
+            oracles.counts - before,
             error_estimate=error,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
             growth=found.growth,
         )
         return Estimate(gradient, found.upper.value, lower_value, found.last.y, certificate), found

@@ -46,15 +46,11 @@ class _Sampled(Trained):
         error = (rows - mean).square().sum().div(max(len(rows) - 1, 1) * len(rows)).sqrt()
         error = error if len(rows) > 1 else torch.full_like(error, torch.inf)
         lower_value, lower_gradient = oracles.lower_gradient(x, y)
-        certificate = Certificate(
-            status=Status.APPROXIMATE,
-            residual=torch.full_like(value, float("nan")),
-            lower_gradient_norm=lower_gradient.norm(),
-            curvature=None,
+        certificate = Certificate.unsolved(
+            Status.APPROXIMATE,
+            lower_gradient.norm(),
+            oracles.counts - before,
             error_estimate=error,
-            lower_distance_bound=None,
-            linear_distance_bound=None,
-            counts=oracles.counts - before,
         )
         return Estimate(mean, value, lower_value, y, certificate)
 

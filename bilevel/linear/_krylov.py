@@ -32,6 +32,11 @@ Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, int], Correction]
 """(r, target, active, budget) -> Correction: shrink ‖r - A e‖ to `target` in the active rows within `budget` steps."""
 
 
+def step_limit(max_steps: int | None, b: Tensor) -> int:
+    """Return the most steps; where there is no number, twice as many as exact arithmetic would need."""
+    return 2 * b.shape[-1] if max_steps is None else max_steps
+
+
 def correct(
     kernel: Kernel, products: Products, b: Tensor, x0: Tensor | None, tol: float, max_steps: int, progress: float = 0.5
 ) -> LinearSolution:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear._base import LinearSolution, LinearSolver, Operator, dot, norm
-from bilevel.linear._krylov import MOST_RITZ, Correction, Tridiagonal, correct
+from bilevel.linear._krylov import MOST_RITZ, Correction, Tridiagonal, correct, step_limit
 from bilevel.linear._rows import (
     CODE,
     OPEN,
@@ -104,7 +104,7 @@ class CG(LinearSolver):
         if self.preconditioner is not None:
             prepared = self.preconditioner.prepare(operator, b, self.damping)
             products.count += prepared.products
-        steps = 2 * b.shape[-1] if self.max_steps is None else self.max_steps
+        steps = step_limit(self.max_steps, b)
         tol = self.tol if tol is None else tol
         # One row on a CPU keeps its scalars as Python numbers: forty operations a step on tensors of one entry cost as
         # much as a product with a small network.

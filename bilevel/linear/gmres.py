@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linear._base import LinearSolution, LinearSolver, Operator, dot, norm
-from bilevel.linear._krylov import Correction, correct
+from bilevel.linear._krylov import Correction, correct, step_limit
 from bilevel.linear._rows import (
     OPEN,
     Products,
@@ -74,7 +74,7 @@ class GMRES(LinearSolver):
         """Solve; see `LinearSolver.solve`."""
         b, x0 = at_door("GMRES", b, x0)
         products = Products(operator, self.damping)
-        steps = 2 * b.shape[-1] if self.max_steps is None else self.max_steps
+        steps = step_limit(self.max_steps, b)
         tol = self.tol if tol is None else tol
         return correct(partial(self._cycle, products), products, b, x0, tol, steps, progress=0.999)
 

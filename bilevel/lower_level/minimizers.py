@@ -16,6 +16,12 @@ from bilevel.status import Diverged, InvalidProblem, NonFinite, Status
 
 LARGEST = 500
 """Lower variables up to which SciPy's dense SLSQP is asked."""
+LBFGS_STEPS = 2000
+"""Of a lower solve, at most, where the caller sets no bound."""
+PROXIMAL_STEPS = 20_000
+"""The same for proximal gradients, which know no curvature: many steps, each a gradient."""
+SLSQP_STEPS = 2000
+"""The same for SLSQP."""
 
 
 class LowerMinimum(NamedTuple):
@@ -36,9 +42,11 @@ class LowerMinimum(NamedTuple):
 
 
 def minimize(
-    oracles: Oracles, x: Tensor, y: Tensor, batch: int = 0, *, tol: float = 1e-8, max_steps: int = 2000
+    oracles: Oracles, x: Tensor, y: Tensor, batch: int = 0, *, tol: float = 1e-8, max_steps: int | None = None
 ) -> LowerMinimum:
     """Minimize the lower level at x from y, on one lower batch: L-BFGS, proximal gradients, or SLSQP under constraints.
+
+    Each minimizer has a bound of its own on its steps, which `max_steps` replaces.
 
     Raises:
         InvalidProblem: it has constraints, and SciPy is missing or the problem too large for it.
@@ -46,14 +54,14 @@ def minimize(
         NonFinite: a lower value or gradient is not finite.
     """
     problem = oracles.problem
-    if problem.constraint is not None or problem.equality is not None:
-        return _constrained(oracles, x, y, batch, max_steps)
-    if problem.lower_set is None and (problem.regularizer is None or problem.regularizer.smooth):
-        lbfgs = LBFGS(max_steps=max_steps, tol=tol, patience=60)
-        found = minimize_smooth(oracles, lbfgs, x, y, batch=batch)
-    else:
-        proximal = ProximalGradient(max_steps=max_steps, tol=tol)
+    if problem.constrained:
+        return _constrained(oracles, x, y, batch, SLSQP_STEPS if max_steps is None else max_steps)
+    if problem.proximal:
+        proximal = ProximalGradient(max_steps=PROXIMAL_STEPS if max_steps is None else max_steps, tol=tol)
         found = minimize_proximal(oracles, proximal, x, oracles.project_y(y), batch=batch)
+    else:
+        lbfgs = LBFGS(max_steps=LBFGS_STEPS if max_steps is None else max_steps, tol=tol, patience=60)
+        found = minimize_smooth(oracles, lbfgs, x, y, batch=batch)
     return LowerMinimum(found.y, found.status, float(found.gradient_norm), found.steps)
 
 

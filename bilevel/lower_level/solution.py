@@ -41,7 +41,7 @@ def solve_lower(
     y0: Variables | None = None,
     *,
     tol: float = 1e-8,
-    max_steps: int = 2000,
+    max_steps: int | None = None,
     step: int = 0,
     seed: int = 0,
 ) -> LowerSolution:
@@ -59,7 +59,7 @@ def solve_lower(
         y0: lower start; `problem.lower_init(x)` if None.
         tol: > 0, of the norm of the (proximal) gradient, in units of the lower objective over those of y. SLSQP goes as
             far as it can.
-        max_steps: >= 0.
+        max_steps: >= 0; None lets each minimizer choose: 2000 of L-BFGS and SLSQP, 20000 proximal gradients.
         step: which batches.
         seed: of batches and of randomness inside the objectives.
 
@@ -83,8 +83,8 @@ def solve_lower(
         >>> round(float(found.y), 6), round(float(found.upper_value), 6), found.status.name
         (2.0, 1.0, 'CONVERGED')
     """
-    if not tol > 0 or max_steps < 0:
-        raise InvalidProblem(f"solve_lower needs tol > 0 and max_steps >= 0, got {tol} and {max_steps}.")
+    if not tol > 0 or (max_steps is not None and max_steps < 0):
+        raise InvalidProblem(f"solve_lower needs tol > 0 and max_steps >= 0 or None, got {tol} and {max_steps}.")
     oracles, flat_x, flat_y = open_oracles(problem, x, y0, seed=seed, needs_hvp=False, trains=True)
     if not problem.deterministic_lower:
         raise InvalidProblem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,18 +31,40 @@ def check(name: str, value: Any, low: float, high: float, *, open_high: bool = F
     """Refuse what is no hyperparameter; a number must lie in [low, high], or [low, high) if `open_high`.
 
     Raises:
-        InvalidProblem: wrong type, not finite, or out of range. Tensors and functions are not evaluated here.
+        InvalidProblem: wrong type, not finite, out of range, or a function of something else than `(x, step)`. Tensors
+            and functions are not evaluated here.
     """
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise InvalidProblem(f"{name} is a tensor of {value.dtype}; give a floating-point tensor")
         return
     if callable(value) and not isinstance(value, type):
+        check_function(name, value)
         return
     if not is_number(value):
         raise InvalidProblem(f"{name}={value!r} is neither a number, a tensor nor a function of (x, step)")
     if not math.isfinite(value) or value < low or value > high or (open_high and value == high):
         raise InvalidProblem(f"{name}={value!r} is outside [{low}, {high}{')' if open_high else ']'}")
+
+
+def check_function(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with `(x, step)`; one that does not tell its signature passes.
+
+    Raises:
+        InvalidProblem: it takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # builtins, extensions
+        return
+    try:
+        signature.bind(None, 0)
+    except TypeError:
+        taken = ", ".join(str(each.replace(annotation=each.empty)) for each in signature.parameters.values())
+        raise InvalidProblem(
+            f"{name} is a function of ({taken}), but it is called with two arguments, (x, step): the upper variables "
+            f"and the number of the step. Write {name}=lambda x, step: ..., also where only one of them matters."
+        ) from None
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, NamedTuple, final
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
@@ -35,26 +35,53 @@ class _Moments(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Core:
-    """The part that Adam and AdamW share: everything but where weight decay enters."""
+class _Adaptive(Optimizer[AdamState]):
+    """What Adam and AdamW share: everything but where weight decay enters."""
 
-    betas: tuple[Hyperparameter, Hyperparameter]
-    eps: float
-    eps_root: float
-    amsgrad: bool
+    lr: Hyperparameter = 1e-3
+    _: KW_ONLY
+    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
+    eps: float = 1e-8
+    eps_root: float = 0.0
+    weight_decay: Hyperparameter = 0.0
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        check("lr", self.lr, 0.0, math.inf)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise InvalidProblem(f"betas={self.betas!r} must be a tuple of two")
+        check("betas[0]", self.betas[0], 0.0, 1.0, open_high=True)
+        check("betas[1]", self.betas[1], 0.0, 1.0, open_high=True)
+        check("weight_decay", self.weight_decay, 0.0, math.inf)
+        for name, value in (("eps", self.eps), ("eps_root", self.eps_root)):
+            if isinstance(value, Tensor) or callable(value):
+                raise InvalidProblem(f"{name} must be a number")
+            check(name, value, 0.0, math.inf)
+        check_flag("amsgrad", self.amsgrad)
+        check_flag("maximize", self.maximize)
 
     def init(self, y: Tensor) -> AdamState:
+        """Return step 0 and means of zero."""
         zeros = torch.zeros_like(y)
         return AdamState(0, zeros, zeros, zeros if self.amsgrad else y.new_zeros(0))
 
-    def decays(self, x: Any, step: int, y: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    def with_lr(self, lr: Hyperparameter) -> Self:
+        """Return this optimizer with the step length `lr`."""
+        return replace(self, lr=lr)
+
+    def scaled(self, factor: float) -> Self:
+        """Return this optimizer with its step length multiplied by `factor` >= 0."""
+        return replace(self, lr=scale(self.lr, factor))
+
+    def _decays(self, x: Any, step: int, y: Tensor) -> tuple[float | Tensor, float | Tensor]:
         return (
             resolve("betas[0]", self.betas[0], x, step, y),
             resolve("betas[1]", self.betas[1], x, step, y),
         )
 
-    def moments(self, gradient: Tensor, state: AdamState, x: Any) -> _Moments:
-        beta1, beta2 = self.decays(x, state.step, gradient)
+    def _moments(self, gradient: Tensor, state: AdamState, x: Any) -> _Moments:
+        beta1, beta2 = self._decays(x, state.step, gradient)
         step = state.step + 1
         mean = beta1 * state.mean + (1 - beta1) * gradient
         square = beta2 * state.square + (1 - beta2) * gradient * gradient
@@ -64,15 +91,15 @@ class _Core:
         radius = root(used / correction + self.eps_root) if self.eps_root > 0 else root(used) / correction**0.5
         return _Moments(AdamState(step, mean, square, largest), 1 / (1 - beta1**step), radius)
 
-    def direction(self, gradient: Tensor, state: AdamState, x: Any) -> tuple[Tensor, AdamState]:
+    def _direction(self, gradient: Tensor, state: AdamState, x: Any) -> tuple[Tensor, AdamState]:
         """Return the step for lr 1, and the next state."""
-        after, mean_weight, radius = self.moments(gradient, state, x)
+        after, mean_weight, radius = self._moments(gradient, state, x)
         return mean_weight * after.mean / (radius + self.eps), after
 
-    def slope(self, gradient: Tensor, state: AdamState, x: Any) -> Tensor:
+    def _slope(self, gradient: Tensor, state: AdamState, x: Any) -> Tensor:
         """Return d(direction)/d(gradient), elementwise."""
-        beta1, beta2 = self.decays(x, state.step, gradient)
-        after, mean_weight, radius = self.moments(gradient, state, x)
+        beta1, beta2 = self._decays(x, state.step, gradient)
+        after, mean_weight, radius = self._moments(gradient, state, x)
         moving = (radius > 0) & (after.square >= after.largest) if self.amsgrad else radius > 0
         bend = (1 - beta2) * gradient / ((1 - beta2**after.step) * torch.where(moving, radius, 1.0))
         bend = torch.where(moving, bend, torch.zeros_like(bend))
@@ -80,24 +107,9 @@ class _Core:
         return mean_weight * ((1 - beta1) - after.mean * bend / denominator) / denominator
 
 
-def _check(optimizer: Adam | AdamW) -> None:
-    check("lr", optimizer.lr, 0.0, math.inf)
-    if not isinstance(optimizer.betas, tuple) or len(optimizer.betas) != 2:
-        raise InvalidProblem(f"betas={optimizer.betas!r} must be a tuple of two")
-    check("betas[0]", optimizer.betas[0], 0.0, 1.0, open_high=True)
-    check("betas[1]", optimizer.betas[1], 0.0, 1.0, open_high=True)
-    check("weight_decay", optimizer.weight_decay, 0.0, math.inf)
-    for name, value in (("eps", optimizer.eps), ("eps_root", optimizer.eps_root)):
-        if isinstance(value, Tensor) or callable(value):
-            raise InvalidProblem(f"{name} must be a number")
-        check(name, value, 0.0, math.inf)
-    check_flag("amsgrad", optimizer.amsgrad)
-    check_flag("maximize", optimizer.maximize)
-
-
 @final
 @dataclass(frozen=True)
-class Adam(Optimizer[AdamState]):
+class Adam(_Adaptive):
     """Adam, with weight decay as part of the gradient.
 
         h = ±gradient + weight_decay y                              (minus if `maximize`)
@@ -140,39 +152,11 @@ class Adam(Optimizer[AdamState]):
         (tensor([ 0.9000, -1.9000]), 1)
     """
 
-    lr: Hyperparameter = 1e-3
-    _: KW_ONLY
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: float = 1e-8
-    eps_root: float = 0.0
-    weight_decay: Hyperparameter = 0.0
-    amsgrad: bool = False
-    maximize: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @property
-    def _core(self) -> _Core:
-        return _Core(self.betas, self.eps, self.eps_root, self.amsgrad)
-
-    def init(self, y: Tensor) -> AdamState:
-        """Return step 0 and means of zero."""
-        return self._core.init(y)
-
     def update(self, y: Tensor, gradient: Tensor, state: AdamState, x: Any = None) -> tuple[Tensor, AdamState]:
         """Return the next y and state; see the class for the formula."""
         lr = resolve("lr", self.lr, x, state.step, y)
-        direction, after = self._core.direction(self._decayed(gradient, state, x, y), state, x)
+        direction, after = self._direction(self._decayed(gradient, state, x, y), state, x)
         return y - lr * direction, after
-
-    def with_lr(self, lr: Hyperparameter) -> Adam:
-        """Return this optimizer with the step length `lr`."""
-        return replace(self, lr=lr)
-
-    def scaled(self, factor: float) -> Adam:
-        """Return this optimizer with its step length multiplied by `factor` >= 0."""
-        return replace(self, lr=scale(self.lr, factor))
 
     def sensitivity(self, gradient: Tensor, state: AdamState, x: Any = None, y: Tensor | None = None) -> Tensor:
         """Return -d(update)/d(gradient), elementwise and exact: bias correction and eps included.
@@ -195,7 +179,7 @@ class Adam(Optimizer[AdamState]):
         if y is None and not is_zero(self.weight_decay):
             raise InvalidProblem("sensitivity of Adam with weight_decay needs y; pass y, or use AdamW")
         lr = resolve("lr", self.lr, x, state.step, gradient)
-        slope = self._core.slope(self._decayed(gradient, state, x, y), state, x)
+        slope = self._slope(self._decayed(gradient, state, x, y), state, x)
         return -lr * slope if self.maximize else lr * slope
 
     def _decayed(self, gradient: Tensor, state: AdamState, x: Any, y: Tensor | None) -> Tensor:
@@ -207,7 +191,7 @@ class Adam(Optimizer[AdamState]):
 
 @final
 @dataclass(frozen=True)
-class AdamW(Optimizer[AdamState]):
+class AdamW(_Adaptive):
     """Adam with decoupled weight decay: y shrinks by lr weight_decay y before a step of Adam without decay.
 
         y = (1 - lr weight_decay) y - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t) + eps_root) + eps)
@@ -240,44 +224,18 @@ class AdamW(Optimizer[AdamState]):
         (tensor([ 0.8500, -1.8000]), 1)
     """
 
-    lr: Hyperparameter = 1e-3
-    _: KW_ONLY
-    betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999)
-    eps: float = 1e-8
-    eps_root: float = 0.0
-    weight_decay: Hyperparameter = 1e-2
-    amsgrad: bool = False
-    maximize: bool = False
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @property
-    def _core(self) -> _Core:
-        return _Core(self.betas, self.eps, self.eps_root, self.amsgrad)
-
-    def init(self, y: Tensor) -> AdamState:
-        """Return step 0 and means of zero."""
-        return self._core.init(y)
+    weight_decay: Hyperparameter = field(default=1e-2, kw_only=True)
 
     def update(self, y: Tensor, gradient: Tensor, state: AdamState, x: Any = None) -> tuple[Tensor, AdamState]:
         """Return the next y and state; see the class for the formula."""
         lr = resolve("lr", self.lr, x, state.step, y)
-        direction, after = self._core.direction(-gradient if self.maximize else gradient, state, x)
+        direction, after = self._direction(-gradient if self.maximize else gradient, state, x)
         if not is_zero(self.weight_decay):
             y = y * (1 - lr * resolve("weight_decay", self.weight_decay, x, state.step, y))
         return y - lr * direction, after
 
-    def with_lr(self, lr: Hyperparameter) -> AdamW:
-        """Return this optimizer with the step length `lr`."""
-        return replace(self, lr=lr)
-
-    def scaled(self, factor: float) -> AdamW:
-        """Return this optimizer with its step length multiplied by `factor` >= 0 (so the decay shrinks too)."""
-        return replace(self, lr=scale(self.lr, factor))
-
     def sensitivity(self, gradient: Tensor, state: AdamState, x: Any = None, y: Tensor | None = None) -> Tensor:
         """Return -d(update)/d(gradient), as for `Adam` without weight decay; y is not used."""
         lr = resolve("lr", self.lr, x, state.step, gradient)
-        slope = self._core.slope(-gradient if self.maximize else gradient, state, x)
+        slope = self._slope(-gradient if self.maximize else gradient, state, x)
         return -lr * slope if self.maximize else lr * slope

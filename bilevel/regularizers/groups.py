@@ -78,7 +78,7 @@ class GroupL1(Regularizer):
     def curvature(self, coefficients: Coefficients, y: Tensor) -> Tensor:
         """Return the diagonal `w_G (1 - y_j² / ‖y_G‖²) / ‖y_G‖`, 0 where `y_G = 0`."""
         weight, ids = coefficients
-        return weight * _inverse(group_norm(y, ids)) * (1 - _direction(y, ids).square())
+        return weight * _bend(y, ids)
 
     def prox(self, coefficients: Coefficients, v: Tensor, step: float | Tensor) -> Tensor:
         """Return `v_G max(1 - step w_G / ‖v_G‖, 0)`."""
@@ -88,8 +88,7 @@ class GroupL1(Regularizer):
     def hvp(self, coefficients: Coefficients, y: Tensor, v: Tensor) -> Tensor:
         """Return `w_G (v_G - u_G <u_G, v_G>) / ‖y_G‖` with `u_G = y_G / ‖y_G‖`."""
         weight, ids = coefficients
-        u = _direction(y, ids)
-        return weight * _inverse(group_norm(y, ids)) * (v - u * group_sum(u * v, ids))
+        return weight * _bend_along(y, ids, v)
 
     def held(self, coefficients: Coefficients, y: Tensor) -> Tensor:
         """Return `y_G = 0 and w_G > 0`."""
@@ -177,7 +176,7 @@ class SparseGroupL1(Regularizer):
     def curvature(self, coefficients: Coefficients, y: Tensor) -> Tensor:
         """Return that of the norms; see `GroupL1`."""
         _, weight, ids = coefficients
-        return weight * _inverse(group_norm(y, ids)) * (1 - _direction(y, ids).square())
+        return weight * _bend(y, ids)
 
     def prox(self, coefficients: Coefficients, v: Tensor, step: float | Tensor) -> Tensor:
         """Shrink the entries by `step a_j`, then the groups by `step w_G`."""
@@ -187,8 +186,7 @@ class SparseGroupL1(Regularizer):
     def hvp(self, coefficients: Coefficients, y: Tensor, v: Tensor) -> Tensor:
         """Return that of the norms; see `GroupL1`."""
         _, weight, ids = coefficients
-        u = _direction(y, ids)
-        return weight * _inverse(group_norm(y, ids)) * (v - u * group_sum(u * v, ids))
+        return weight * _bend_along(y, ids, v)
 
     def held(self, coefficients: Coefficients, y: Tensor) -> Tensor:
         """Return `y_G = 0 and w_G > 0`, or `y_j = 0 and a_j > 0`."""
@@ -227,6 +225,17 @@ def _check(what: str, weight: Weight, groups: Any, x: Variables, layout: Layout)
 def _direction(y: Tensor, ids: Tensor) -> Tensor:
     """Return `y_G / ‖y_G‖`, 0 where `y_G = 0`."""
     return y * _inverse(group_norm(y, ids))
+
+
+def _bend(y: Tensor, ids: Tensor) -> Tensor:
+    """Return the diagonal of the norms' second derivative, 0 where `y_G = 0`."""
+    return _inverse(group_norm(y, ids)) * (1 - _direction(y, ids).square())
+
+
+def _bend_along(y: Tensor, ids: Tensor, v: Tensor) -> Tensor:
+    """Return the norms' second derivative times v: `(v_G - u_G <u_G, v_G>) / ‖y_G‖`, 0 where `y_G = 0`."""
+    u = _direction(y, ids)
+    return _inverse(group_norm(y, ids)) * (v - u * group_sum(u * v, ids))
 
 
 def _inverse(norm: Tensor) -> Tensor:

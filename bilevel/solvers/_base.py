@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import inf
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -79,6 +80,44 @@ def check_upper(upper: Any) -> None:
         raise InvalidProblem(f"upper must be an Optimizer such as SGD(lr=0.1), not LBFGS, got {upper!r}.")
 
 
+def check_positive(**options: float | None) -> None:
+    """Refuse options that are not in (0, inf); None passes.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 < value < inf:
+            raise InvalidProblem(f"{name} must be > 0, got {value}.")
+
+
+def check_nonnegative(**options: float | None) -> None:
+    """Refuse options that are not in [0, inf); None passes.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    for name, value in options.items():
+        if value is not None and not 0 <= value < inf:
+            raise InvalidProblem(f"{name} must be >= 0, got {value}.")
+
+
+def check_lower_steps(lower_steps: int) -> None:
+    """Refuse less than one lower step.
+
+    Raises:
+        InvalidProblem: so it is.
+    """
+    if lower_steps < 1:
+        raise InvalidProblem(f"lower_steps must be >= 1, got {lower_steps}.")
+
+
+def moved_x(oracles: Oracles, upper: Optimizer[Any], x: Tensor, h: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return x after a step of the upper optimizer along h, projected on the upper set, and the optimizer's state."""
+    x_next, after = upper.update(x, h, state, oracles.x_layout.unflatten(x))
+    return oracles.project_x(x_next), after
+
+
 def projected_gradient(oracles: Oracles, x: Tensor, h: Tensor) -> Tensor:
     """Return `x - P(x - h)`, `[p]`, with the projection P on the upper set; h itself without one."""
     return h if oracles.problem.upper_set is None else x - oracles.project_x(x - h)
@@ -118,15 +157,13 @@ class Solver(ABC, Generic[S]):
         A wrong answer without a word would be the alternative: an implicit hypergradient ignores active constraints.
         """
         self._refuse_tasks(problem)
-        regularizer = problem.regularizer
-        parts = {
-            "lower_set": ("handles_lower_set", problem.lower_set is not None),
-            "constraint": ("handles_constraints", problem.constraint is not None),
-            "equality": ("handles_constraints", problem.equality is not None),
-            "regularizer": ("handles_nonsmooth", regularizer is not None and not regularizer.smooth),
-        }
-        for part, (fact, present) in parts.items():
-            if not present or getattr(self, fact):
+        facts = {
+            "lower_set": "handles_lower_set", "constraint": "handles_constraints", "equality": "handles_constraints",
+            "regularizer": "handles_nonsmooth",
+        }  # fmt: skip
+        for part in problem.beyond_smooth:
+            fact = facts[part]
+            if getattr(self, fact):
                 continue
             able = [kind.__name__ for kind in Solver.__subclasses__() if getattr(kind, fact)]
             choice = f"Use {' or '.join(sorted(able))}" if able else f"Use a solver whose {fact} is True"

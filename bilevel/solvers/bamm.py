@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -13,8 +12,8 @@ from bilevel.aggregated import Aggregated
 from bilevel.joint import coupling
 from bilevel.oracles import Oracles
 from bilevel.penalty import moved
-from bilevel.smoothness import check_curved, curvatures, smoothness
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
+from bilevel.smoothness import check_curved, check_lr, curvatures, smoothness
+from bilevel.solvers._base import Metrics, Solver, check_nonnegative, check_positive, projected_gradient
 from bilevel.status import InvalidProblem
 
 SAFE = 0.8
@@ -169,14 +168,8 @@ class BAMM(Solver[BAMMState]):
     def __post_init__(self) -> None:
         if not 0 <= self.mu < 1:
             raise InvalidProblem(f"mu must lie in [0, 1), got {self.mu}.")
-        for name in ("decay", "measure_every"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < inf:
-                raise InvalidProblem(f"{name} must be >= 0, got {value}.")
-        for name in ("lr", "upper_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
+        check_nonnegative(decay=self.decay, measure_every=self.measure_every)
+        check_positive(lr=self.lr, upper_lr=self.upper_lr, upper_factor=self.upper_factor)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BAMMState:
         """Return the state before the first step, with multiplier 0; measures curvatures.
@@ -188,12 +181,7 @@ class BAMM(Solver[BAMMState]):
         self.refuse(oracles.problem)
         seen = _curvatures(oracles, x, y, 0)
         check_curved(seen.lower, torch.finfo(y.dtype).eps)
-        largest = float(torch.maximum(seen.aggregated(self.mu), seen.lower))
-        if self.lr is not None and self.lr * largest >= 2:
-            raise InvalidProblem(
-                f"lr={self.lr:.3g} is too large: the curvature of mu f + (1 - mu) g is {largest:.3g} at the start, and "
-                f"steps beyond {2 / largest:.3g} diverge. Leave lr=None."
-            )
+        check_lr("lr", self.lr, torch.maximum(seen.aggregated(self.mu), seen.lower))
         measured = 1.0 if bool(seen.strong) else 0.5
         decay = measured if self.decay is None else self.decay
         return BAMMState(x, y, torch.zeros_like(y), decay, 0, seen, None)

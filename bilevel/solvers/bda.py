@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import inf, nan
 from typing import Any, ClassVar, NamedTuple, final
 
 import torch
@@ -12,9 +11,18 @@ from torch import Tensor
 from bilevel.aggregated import Aggregated
 from bilevel.optimizers import Adam, Optimizer
 from bilevel.oracles import Oracles
-from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver, check_upper
-from bilevel.status import InvalidProblem, Status
+from bilevel.smoothness import check_curved, check_lr, smoothness
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_nonnegative,
+    check_positive,
+    check_upper,
+    moved_x,
+    projected_gradient,
+)
+from bilevel.status import InvalidProblem
 
 SAFE = 0.8
 """Lower steps, in units of 1 / curvature; 2 is the limit."""
@@ -93,15 +101,11 @@ class BDA(Solver[BDAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         if not 0 <= self.mu <= 1:
             raise InvalidProblem(f"mu must lie in [0, 1], got {self.mu}.")
-        for name in ("decay", "measure_every"):
-            if not 0 <= getattr(self, name) < inf:
-                raise InvalidProblem(f"{name} must be >= 0, got {getattr(self, name)}.")
-        if self.lr is not None and not 0 < self.lr < inf:
-            raise InvalidProblem(f"lr must be > 0, got {self.lr}.")
+        check_nonnegative(decay=self.decay, measure_every=self.measure_every)
+        check_positive(lr=self.lr)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BDAState:
         """Return the state before the first step; measures curvatures.
@@ -113,12 +117,8 @@ class BDA(Solver[BDAState]):
         self.refuse(oracles.problem)
         of_f, of_g = curvatures = _curvatures(oracles, x, y, 0, 0)
         check_curved(of_g, torch.finfo(y.dtype).eps)
-        largest = float(torch.maximum(self.mu * of_f + (1 - self.mu) * of_g, of_g if self.decay > 0 else 0 * of_g))
-        if self.lr is not None and self.lr * largest >= 2:
-            raise InvalidProblem(
-                f"lr={self.lr:.3g} is too large: the curvature of mu f + (1 - mu) g is {largest:.3g} at the start, and "
-                f"steps beyond {2 / largest:.3g} diverge. Leave lr=None."
-            )
+        aggregated = self.mu * of_f + (1 - self.mu) * of_g
+        check_lr("lr", self.lr, torch.maximum(aggregated, of_g) if self.decay > 0 else aggregated)
         return BDAState(x, y, y, 0, self.upper.init(x), curvatures, None)
 
     def step(self, oracles: Oracles, state: BDAState) -> BDAState:
@@ -142,19 +142,10 @@ class BDA(Solver[BDAState]):
         for psi, s in reversed(passed):
             h = h - s * psi.cross(p)
             p = p - s * psi.hvp(p)
-        x_next, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         lower_value, lower_gradient = oracles.lower_gradient(x, y, first + self.lower_steps - 1)
-        missing = torch.full_like(f.value, nan)
-        metrics = Metrics(
-            upper_value=f.value,
-            stationarity=(x - oracles.project_x(x - h)).norm(),
-            lower_value=lower_value,
-            lower_gradient_norm=lower_gradient.norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
-        )
-        return BDAState(oracles.project_x(x_next), y, state.start, k + 1, upper, curvatures, metrics)
+        metrics = Metrics.unsolved(f.value, lower_value, lower_gradient, [projected_gradient(oracles, x, h)])
+        return BDAState(x_next, y, state.start, k + 1, upper, curvatures, metrics)
 
     def backtracked(self, factor: float) -> BDA:
         """Return this solver with upper steps `factor` times as long."""

@@ -11,13 +11,21 @@ from torch import Tensor
 from bilevel.feasibility import due, inspect_multipliers, warn_at_bound
 from bilevel.moreau import check_runaway
 from bilevel.multipliers import Scale, clipped, constraint_terms
-from bilevel.optimizers import LBFGS, Adam, Optimizer
+from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem, Status
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, wanted_at
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_positive,
+    check_upper,
+    moved_x,
+    projected_gradient,
+)
+from bilevel.status import InvalidProblem
 
 
 class Saddle(NamedTuple):
@@ -131,24 +139,19 @@ class BLOCC(Solver[BLOCCState]):
     bound: float = 1e3
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_upper(self.upper)
+        check_lower_steps(self.lower_steps)
         if not 0 < self.multiplier_lr <= 2:
             raise InvalidProblem(f"multiplier_lr must be in (0, 2], got {self.multiplier_lr}.")
-        if not 0 < self.bound < float("inf"):
-            raise InvalidProblem(f"bound must be > 0, got {self.bound}.")
+        check_positive(bound=self.bound)
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BLOCCState:
         """Return the state before the first step, with multipliers 0; measures curvatures and constraints."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0))
         scale = Scale.measure(oracles, x, y)
         none, size = torch.zeros_like(scale.norms), 1 + torch.cat([x, y.flatten()]).norm()
         return BLOCCState(
@@ -162,7 +165,7 @@ class BLOCC(Solver[BLOCCState]):
         lower, relaxed = Saddle(state.y, state.multiplier), state.relaxed
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         moves: list[Tensor] = []
-        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = wanted_at(self.lower_lr, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             in_z = oracles.lower_gradient(x, lower.y, k)[1]
@@ -181,22 +184,14 @@ class BLOCC(Solver[BLOCCState]):
         pull = constraint_terms(oracles, x, relaxed.y, relaxed.multiplier, scale.inequalities, last)
         value_pull = constraint_terms(oracles, x, lower.y, lower.multiplier, scale.inequalities, last)
         h = gap.direction(penalty) + penalty * (pull.x - value_pull.x)
-        x_next, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
 
-        missing = torch.full_like(gap.upper.value, float("nan"))
-        metrics = Metrics(
-            upper_value=oracles.upper_value(x, lower.y, last),
-            stationarity=torch.cat([x - oracles.project_x(x - h), *moves]).norm(),
-            lower_value=gap.value.value,
-            lower_gradient_norm=moves[0].norm(),
-            residual=missing,
-            error_estimate=missing,
-            status=Status.CONVERGED,
-        )
+        residuals = projected_gradient(oracles, x, h), *moves
+        metrics = Metrics.unsolved(oracles.upper_value(x, lower.y, last), gap.value.value, moves[0], residuals)
         largest = torch.maximum(lower.multiplier.abs(), relaxed.multiplier.abs())
         at_bound = (largest >= self.bound).any() & (state.touched < 0)
         return state._replace(
-            x=oracles.project_x(x_next), y=lower.y, step=state.step + 1, multiplier=lower.multiplier, relaxed=relaxed,
+            x=x_next, y=lower.y, step=state.step + 1, multiplier=lower.multiplier, relaxed=relaxed,
             upper=upper, touched=torch.where(at_bound, torch.full_like(state.touched, state.step + 1), state.touched),
             scale=scale, curvature=curvature, metrics=metrics,
         )  # fmt: skip

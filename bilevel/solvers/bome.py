@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -12,9 +11,15 @@ from torch import Tensor
 from bilevel.joint import joint_smoothness
 from bilevel.oracles import Oracles
 from bilevel.penalty import Gap, moved
-from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
-from bilevel.status import InvalidProblem
+from bilevel.smoothness import check_curved, check_lr, smoothness
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_nonnegative,
+    check_positive,
+    projected_gradient,
+)
 
 SAFE = 0.8
 """Steps of z, in units of 1 / curvature; 2 is the limit."""
@@ -102,15 +107,9 @@ class BOME(Solver[BOMEState]):
     measure_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
-        for name in ("lr", "eta", "lower_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
-        for name in ("decay", "measure_every"):
-            if not 0 <= getattr(self, name) < inf:
-                raise InvalidProblem(f"{name} must be >= 0, got {getattr(self, name)}.")
+        check_lower_steps(self.lower_steps)
+        check_positive(lr=self.lr, eta=self.eta, lower_lr=self.lower_lr, upper_factor=self.upper_factor)
+        check_nonnegative(decay=self.decay, measure_every=self.measure_every)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> BOMEState:
         """Return the state before the first step; measures curvatures.
@@ -122,13 +121,8 @@ class BOME(Solver[BOMEState]):
         self.refuse(oracles.problem)
         curvatures = self._curvatures(oracles, x, y, 0)
         check_curved(curvatures.lower, torch.finfo(y.dtype).eps)
-        for name, largest in (("lr", float(curvatures.joint)), ("lower_lr", float(curvatures.lower))):
-            lr = getattr(self, name)
-            if lr is not None and lr * largest >= 2:
-                raise InvalidProblem(
-                    f"{name}={lr:.3g} is too large: at the start, steps beyond {2 / largest:.3g} diverge. "
-                    f"Leave {name}=None."
-                )
+        check_lr("lr", self.lr, curvatures.joint)
+        check_lr("lower_lr", self.lower_lr, curvatures.lower)
         return BOMEState(x, y, 0, y.new_zeros(()), curvatures, None)
 
     def step(self, oracles: Oracles, state: BOMEState) -> BOMEState:

@@ -12,7 +12,7 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Curvature, Gap, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
+from bilevel.solvers._base import Metrics, Solver, check_lower_steps, check_upper, moved_x, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -89,21 +89,18 @@ class F2BA(Solver[F2BAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         for name in ("penalty", "lower_lr"):
             if callable(getattr(self, name)):
                 raise InvalidProblem(f"F2BA's {name} is one number; F2SA takes schedules.")
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> F2BAState:
         """Return the state before the first step; measures curvatures."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(self.lower_lr, self.penalty)
+        curvature.check(self.lower_lr, self.penalty)
         return F2BAState(x, y, y, 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: F2BAState) -> F2BAState:
@@ -124,10 +121,10 @@ class F2BA(Solver[F2BAState]):
         y = _descend(in_y, state.relaxed, lr, first, self.lower_steps)
         gap = Gap.at(oracles, x, y, z, last, last, last)
         h = gap.direction(self.penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         residuals = projected_gradient(oracles, x, h), *gap.residuals(self.penalty)
         metrics = Metrics.unsolved(oracles.upper_value(x, z, last), gap.value.value, gap.value.y, residuals)
-        return F2BAState(oracles.project_x(new_x), z, y, state.step + 1, upper, curvature, metrics)
+        return F2BAState(x_next, z, y, state.step + 1, upper, curvature, metrics)
 
     def backtracked(self, factor: float) -> F2BA:
         """Return this solver with upper steps `factor` times as long."""

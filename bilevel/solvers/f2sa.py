@@ -12,8 +12,8 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved, wanted_at
+from bilevel.solvers._base import Metrics, Solver, check_lower_steps, check_upper, moved_x, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -104,20 +104,17 @@ class F2SA(Solver[F2SAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         if not 0 <= self.momentum < 1:
             raise InvalidProblem(f"momentum must be in [0, 1), got {self.momentum!r}.")
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> F2SAState:
         """Return the state before the first step; measures curvatures."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), momentum=self.momentum)
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0), momentum=self.momentum)
         return F2SAState(x, y, y, (y, y), 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: F2SAState) -> F2SAState:
@@ -125,7 +122,7 @@ class F2SA(Solver[F2SAState]):
         x, y, z, curvature = state.x, state.relaxed, state.y, state.curvature
         (v, u), beta = state.landed, self.momentum
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
-        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = wanted_at(self.lower_lr, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = lower_batches(k, shared=self.shared_batches)
@@ -139,10 +136,9 @@ class F2SA(Solver[F2SAState]):
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
         metrics = Metrics.unsolved(oracles.upper_value(x, z, last), gap.value.value, gap.value.y, residuals)
-        x_next = oracles.project_x(new_x)
         return F2SAState(x_next, z, y, (v, u), state.step + 1, upper, curvature, metrics)
 
     def backtracked(self, factor: float) -> F2SA:

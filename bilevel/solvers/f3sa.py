@@ -12,8 +12,8 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved, wanted_at
+from bilevel.solvers._base import Metrics, Solver, check_upper, moved_x, projected_gradient
 from bilevel.status import InvalidProblem
 
 
@@ -116,15 +116,13 @@ class F3SA(Solver[F3SAState]):
         check_schedule("renewal", self.renewal)
         if not callable(self.renewal) and self.renewal > 1:
             raise InvalidProblem(f"renewal must be in (0, 1], got {self.renewal!r}.")
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> F3SAState:
         """Return the state before the first step; measures curvatures."""
         self.refuse(oracles.problem)
         curvature = Curvature.measure(oracles, x, y)
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0))
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0))
         none = Gradients(*(torch.zeros_like(v) for v in (y, y, y, x, x, x)))
         return F3SAState(x, y, y, (x, y, y), none, 0, self.upper.init(x), curvature, None)
 
@@ -142,7 +140,7 @@ class F3SA(Solver[F3SAState]):
             for a, b, c in zip(now, old[:3], self._in_y(oracles, old_x, old_y, old_z, k), strict=True)
         )
         curvature = state.curvature.followed(oracles, x, z, now[0], lower_batches(k, shared=self.shared_batches)[1])
-        lr = curvature.step(penalty, None if self.lower_lr is None else at(self.lower_lr, None, state.step))
+        lr = curvature.step(penalty, wanted_at(self.lower_lr, state.step))
         new_z, new_y = moved(z, in_z, -lr), moved(y, moved(in_y, in_f, 1 / penalty), -lr)
 
         gap = Gap.at(oracles, x, new_y, new_z, k + 1, *lower_batches(k + 1, shared=self.shared_batches))
@@ -152,10 +150,10 @@ class F3SA(Solver[F3SAState]):
             moved(a, b - c, keep) for a, b, c in zip(_in_x(gap), old[3:], _in_x(past), strict=True)
         )
         h = moved(f_x, g_x_at_y - g_x_at_z, penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         residuals = projected_gradient(oracles, x, h), *gap.residuals(penalty)
         return F3SAState(
-            x=oracles.project_x(new_x),
+            x=x_next,
             y=new_z,
             relaxed=new_y,
             before=(x, z, y),

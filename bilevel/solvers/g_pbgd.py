@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -14,9 +13,8 @@ from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Schedule, check_schedule, moved
-from bilevel.smoothness import check_curved
-from bilevel.solvers._base import Metrics, Solver, projected_gradient
-from bilevel.status import InvalidProblem
+from bilevel.smoothness import check_curved, check_lr
+from bilevel.solvers._base import Metrics, Solver, check_nonnegative, check_positive, projected_gradient
 
 SAFE = 1.2
 """Steps in units of 1 / curvature; 2 is the limit."""
@@ -87,12 +85,8 @@ class GPBGD(Solver[GPBGDState]):
 
     def __post_init__(self) -> None:
         check_schedule("penalty", self.penalty)
-        for name in ("lr", "upper_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
-        if self.measure_every < 0:
-            raise InvalidProblem(f"measure_every must be >= 0, got {self.measure_every}.")
+        check_positive(lr=self.lr, upper_lr=self.upper_lr, upper_factor=self.upper_factor)
+        check_nonnegative(measure_every=self.measure_every)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> GPBGDState:
         """Return the state before the first step; measures curvatures.
@@ -104,11 +98,7 @@ class GPBGD(Solver[GPBGDState]):
         self.refuse(oracles.problem)
         of_f, of_penalty = curvatures = _curvatures(oracles, x, y, 0)
         check_curved(of_penalty, torch.finfo(y.dtype).eps)
-        largest = float(torch.maximum(of_f, of_penalty))
-        if self.lr is not None and self.lr * largest >= 2:
-            raise InvalidProblem(
-                f"lr={self.lr:.3g} is too large: at the start, steps beyond {2 / largest:.3g} diverge. Leave lr=None."
-            )
+        check_lr("lr", self.lr, torch.maximum(of_f, of_penalty))
         return GPBGDState(x, y, 0, curvatures, None)
 
     def step(self, oracles: Oracles, state: GPBGDState) -> GPBGDState:

@@ -21,7 +21,7 @@ from bilevel.lower_level import minimize_smooth
 from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.problem import Problem
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers._base import Metrics, Solver, check_upper, moved_x
 from bilevel.status import Diverged, InvalidProblem, NonFinite
 
 RUNAWAY = 1e3
@@ -96,8 +96,7 @@ class HypergradientDescent(Solver[DescentState]):
     certify_every: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         if self.lower_steps < 0:
             raise InvalidProblem(f"lower_steps must be >= 0, got {self.lower_steps}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -151,9 +150,9 @@ class HypergradientDescent(Solver[DescentState]):
         y, lower, diagonal = self._solve_lower(oracles, state)
         estimate, estimator = self._estimate(oracles, state, y, diagonal, certify)
         h = self._clipped(estimate.gradient)
-        x, upper = self.upper.update(state.x, h, state.upper, oracles.x_layout.unflatten(state.x))
+        x, upper = moved_x(oracles, self.upper, state.x, h, state.upper)
         return DescentState(
-            x=oracles.project_x(x),
+            x=x,
             y=estimate.y,
             step=state.step + 1,
             lower_step=state.lower_step + self.lower_steps,

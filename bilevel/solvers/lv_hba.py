@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from bilevel.feasibility import due, inspect_multipliers, warn_at_bound
-from bilevel.moreau import FLAT, SAFE, Curvatures, check_lr, check_runaway
+from bilevel.moreau import FLAT, SAFE, Curvatures, check_runaway
 from bilevel.multipliers import Scale, clipped, constraint_terms
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
 from bilevel.penalty import Schedule, check_schedule, moved
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.smoothness import check_lr
+from bilevel.solvers._base import Metrics, Solver, check_positive
 from bilevel.status import InvalidProblem
 
 FLATTEST = 1e-6
@@ -124,17 +125,22 @@ class LVHBA(Solver[LVHBAState]):
     upper_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "multiplier_gamma", "bound", "lr", "upper_lr", "tracker_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
+        check_positive(
+            gamma=self.gamma,
+            multiplier_gamma=self.multiplier_gamma,
+            bound=self.bound,
+            lr=self.lr,
+            upper_lr=self.upper_lr,
+            tracker_lr=self.tracker_lr,
+            upper_factor=self.upper_factor,
+        )
         check_schedule("penalty", self.penalty)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> LVHBAState:
         """Return the state before the first step, with θ = y and multipliers 0; measures curvatures and constraints."""
         self.refuse(oracles.problem)
         problem = oracles.problem
-        if problem.joint_set is None and (problem.constraint is not None or problem.equality is not None):
+        if problem.joint_set is None and problem.constrained:
             raise InvalidProblem(
                 "LVHBA projects on {(x, y): c <= 0, h = 0}: pass Problem(joint_set=...), such as JointHalfspace or "
                 "JointPolyhedron. Where that is too hard, BLOCC needs no projection."

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from bilevel.moreau import SAFE, Curvatures, check_lr, check_runaway
+from bilevel.moreau import SAFE, Curvatures, check_runaway
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
@@ -16,7 +16,8 @@ from bilevel.penalty import Schedule, check_schedule, moved
 from bilevel.problem import Problem
 from bilevel.regularizers import L2, ElasticNet
 from bilevel.sets import Box, NonNegative
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.smoothness import check_lr
+from bilevel.solvers._base import Metrics, Solver, check_positive
 from bilevel.status import InvalidProblem
 
 
@@ -110,10 +111,9 @@ class MEHA(Solver[MEHAState]):
     upper_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "lr", "y_lr", "upper_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
+        check_positive(
+            gamma=self.gamma, lr=self.lr, y_lr=self.y_lr, upper_lr=self.upper_lr, upper_factor=self.upper_factor,
+        )  # fmt: skip
         check_schedule("penalty", self.penalty)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> MEHAState:

@@ -10,11 +10,10 @@ from torch import Tensor
 from bilevel.hypergradients._base import Estimate
 from bilevel.hypergradients.selection import PoolGradient
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.optimizers import LBFGS, SGD, Adam, Optimizer
+from bilevel.optimizers import SGD, Adam, Optimizer
 from bilevel.oracles import Oracles
 from bilevel.replay import Memory, Schedule, Sqrt, Store
-from bilevel.solvers._base import Metrics, Solver
-from bilevel.status import InvalidProblem
+from bilevel.solvers._base import Metrics, Solver, check_upper, moved_x
 
 
 class MetagradientState(NamedTuple):
@@ -93,8 +92,7 @@ class Metagradient(Solver[MetagradientState]):
     microbatches: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Sign(0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         _ = self.estimator  # which checks the rest
 
     @property
@@ -116,10 +114,9 @@ class Metagradient(Solver[MetagradientState]):
             ReplayMismatch: a lower step run again gave another state.
         """
         estimate, estimator = self._estimate(oracles, state, certify=False)
-        nested = oracles.x_layout.unflatten(state.x)
-        x, upper = self.upper.update(state.x, estimate.gradient, state.upper, nested)
+        x, upper = moved_x(oracles, self.upper, state.x, estimate.gradient, state.upper)
         metrics = Metrics.of(oracles, state.x, estimate)
-        return MetagradientState(oracles.project_x(x), estimate.y, state.step + 1, upper, estimator, metrics)
+        return MetagradientState(x, estimate.y, state.step + 1, upper, estimator, metrics)
 
     def certify(self, oracles: Oracles, state: MetagradientState) -> Estimate:
         """Return the certified metagradient at the state's x."""

@@ -12,8 +12,16 @@ from bilevel.optimizers import Adam, Optimizer
 from bilevel.optimizers._base import at
 from bilevel.optimizers.schedules import Power
 from bilevel.oracles import Oracles
-from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved
-from bilevel.solvers._base import Metrics, Solver, check_upper, projected_gradient, projected_lower_gradient
+from bilevel.penalty import Curvature, Gap, Schedule, check_schedule, lower_batches, moved, wanted_at
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_upper,
+    moved_x,
+    projected_gradient,
+    projected_lower_gradient,
+)
 from bilevel.status import InvalidProblem
 
 
@@ -108,15 +116,13 @@ class ProxF2SA(Solver[ProxF2SAState]):
 
     def __post_init__(self) -> None:
         check_upper(self.upper)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
+        check_lower_steps(self.lower_steps)
         if self.prox is not None and not self.prox > 0:
             raise InvalidProblem(f"prox must be > 0 (inf: none), got {self.prox}.")
         if not 0 < self.averaging <= 1:
             raise InvalidProblem(f"averaging must be in (0, 1], got {self.averaging}.")
         check_schedule("penalty", self.penalty)
-        if self.lower_lr is not None:
-            check_schedule("lower_lr", self.lower_lr)
+        check_schedule("lower_lr", self.lower_lr, optional=True)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> ProxF2SAState:
         """Return the state before the first step; measures curvatures."""
@@ -126,8 +132,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         pull = (
             curvature.lower / self.lower_steps if self.prox is None else torch.full_like(curvature.lower, 1 / self.prox)
         )
-        if self.lower_lr is not None:
-            curvature.check(at(self.lower_lr, None, 0), at(self.penalty, None, 0), pull)
+        curvature.check(wanted_at(self.lower_lr, 0), at(self.penalty, None, 0), pull)
         return ProxF2SAState(x, y, y, y, y, pull, 0, self.upper.init(x), curvature, None)
 
     def step(self, oracles: Oracles, state: ProxF2SAState) -> ProxF2SAState:
@@ -135,7 +140,7 @@ class ProxF2SA(Solver[ProxF2SAState]):
         x, y, z, w, u = state.x, state.y, state.value, state.near_y, state.near_value
         penalty, first = at(self.penalty, None, state.step), state.step * (self.lower_steps + 1)
         curvature = state.curvature
-        wanted = None if self.lower_lr is None else at(self.lower_lr, None, state.step)
+        wanted = wanted_at(self.lower_lr, state.step)
         for t in range(self.lower_steps):  # over T and not over batches: a compiled step then serves them all
             k = first + t
             y_step, z_step = lower_batches(k, shared=self.shared_batches)
@@ -151,11 +156,11 @@ class ProxF2SA(Solver[ProxF2SAState]):
         last = first + self.lower_steps
         gap = Gap.at(oracles, x, y, z, last, *lower_batches(last, shared=self.shared_batches))
         h = gap.direction(penalty)
-        new_x, upper = self.upper.update(x, h, state.upper, oracles.x_layout.unflatten(x))
+        x_next, upper = moved_x(oracles, self.upper, x, h, state.upper)
         in_y, in_z = gap.residuals(penalty)
         in_y, in_z = projected_lower_gradient(oracles, y, in_y), projected_lower_gradient(oracles, z, in_z)
         return ProxF2SAState(
-            x=oracles.project_x(new_x),
+            x=x_next,
             y=y,
             value=z,
             near_y=w,

@@ -11,12 +11,12 @@ from torch import Tensor
 from bilevel.hypergradients._base import Estimate
 from bilevel.hypergradients.active_set import ActiveSet, ActiveSetState
 from bilevel.lower_level import minimize_proximal
-from bilevel.optimizers import LBFGS, Adam, Minimum, Optimizer
+from bilevel.optimizers import Adam, Minimum, Optimizer
 from bilevel.optimizers.coordinate_descent import CoordinateDescent
 from bilevel.optimizers.proximal import ProximalGradient
 from bilevel.oracles import Oracles
 from bilevel.regularizers import L1, ElasticNet
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers._base import Metrics, Solver, check_upper, moved_x
 from bilevel.status import InvalidProblem
 
 
@@ -92,8 +92,7 @@ class SparseDescent(Solver[SparseState]):
     certify_every: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.upper, LBFGS) or not isinstance(self.upper, Optimizer):
-            raise InvalidProblem(f"upper must be an Optimizer such as Adam(lr=0.1), got {self.upper!r}.")
+        check_upper(self.upper)
         if not isinstance(self.lower, ProximalGradient | CoordinateDescent):
             raise InvalidProblem(f"lower must be a ProximalGradient or a CoordinateDescent, got {self.lower!r}.")
         if not isinstance(self.estimator, ActiveSet):
@@ -121,9 +120,9 @@ class SparseDescent(Solver[SparseState]):
         """
         certify = self.certify_every > 0 and state.step % self.certify_every == 0
         estimate, estimator = self._estimate(oracles, state, certify)
-        x, upper = self.upper.update(state.x, estimate.gradient, state.upper, oracles.x_layout.unflatten(state.x))
+        x, upper = moved_x(oracles, self.upper, state.x, estimate.gradient, state.upper)
         metrics = Metrics.of(oracles, state.x, estimate)
-        return SparseState(oracles.project_x(x), estimate.y, state.step + 1, upper, estimator, metrics)
+        return SparseState(x, estimate.y, state.step + 1, upper, estimator, metrics)
 
     def certify(self, oracles: Oracles, state: SparseState) -> Estimate:
         """Return the certified hypergradient at the state's x, after the lower solve that a next step would make."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import inf
 from typing import ClassVar, NamedTuple, final
 
 import torch
@@ -13,9 +12,16 @@ from bilevel.joint import joint_smoothness, natural_unit
 from bilevel.optimizers._base import at
 from bilevel.oracles import Oracles
 from bilevel.penalty import Gap, Schedule, check_schedule, moved
-from bilevel.smoothness import check_curved, smoothness
-from bilevel.solvers._base import Metrics, Solver, projected_gradient, projected_lower_gradient
-from bilevel.status import InvalidProblem
+from bilevel.smoothness import check_curved, check_lr, smoothness
+from bilevel.solvers._base import (
+    Metrics,
+    Solver,
+    check_lower_steps,
+    check_nonnegative,
+    check_positive,
+    projected_gradient,
+    projected_lower_gradient,
+)
 
 SAFE = 0.8
 """Steps of z in units of 1 / curvature; 2 is the limit."""
@@ -108,14 +114,9 @@ class VPBGD(Solver[VPBGDState]):
 
     def __post_init__(self) -> None:
         check_schedule("penalty", self.penalty)
-        if self.lower_steps < 1:
-            raise InvalidProblem(f"lower_steps must be >= 1, got {self.lower_steps}.")
-        for name in ("lr", "upper_lr", "lower_lr", "upper_factor"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise InvalidProblem(f"{name} must be > 0, got {value}.")
-        if self.measure_every < 0:
-            raise InvalidProblem(f"measure_every must be >= 0, got {self.measure_every}.")
+        check_lower_steps(self.lower_steps)
+        check_positive(lr=self.lr, upper_lr=self.upper_lr, lower_lr=self.lower_lr, upper_factor=self.upper_factor)
+        check_nonnegative(measure_every=self.measure_every)
 
     def init(self, oracles: Oracles, x: Tensor, y: Tensor) -> VPBGDState:
         """Return the state before the first step, with z = y; measures curvatures.
@@ -128,14 +129,8 @@ class VPBGD(Solver[VPBGDState]):
         y = oracles.project_y(y)
         curvatures = self._curvatures(oracles, x, y, y, 0)
         check_curved(curvatures.lower, torch.finfo(y.dtype).eps)
-        shared = float(torch.maximum(curvatures.upper, curvatures.gap))
-        for name, largest in (("lr", shared), ("lower_lr", float(curvatures.lower))):
-            lr = getattr(self, name)
-            if lr is not None and lr * largest >= 2:
-                raise InvalidProblem(
-                    f"{name}={lr:.3g} is too large: at the start, steps beyond {2 / largest:.3g} diverge. "
-                    f"Leave {name}=None."
-                )
+        check_lr("lr", self.lr, torch.maximum(curvatures.upper, curvatures.gap))
+        check_lr("lower_lr", self.lower_lr, curvatures.lower)
         return VPBGDState(x, y, y, 0, curvatures, None)
 
     def step(self, oracles: Oracles, state: VPBGDState) -> VPBGDState:

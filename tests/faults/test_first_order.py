@@ -102,7 +102,7 @@ def test_row_06_long_upper_steps_are_shortened_until_they_serve(name: str, lengt
 @pytest.mark.parametrize("name", UNSTABLE)
 def test_row_06_lower_steps_that_cannot_be_stable_are_refused(name: str) -> None:
     problem = Problem(upper=lambda x, y, b: 0.5 * (y - 1).square().sum(), lower=track)
-    with pytest.raises(InvalidProblem, match=r"lr=3 is (outside \(0, |too large: .* beyond |too large: the curvature)"):
+    with pytest.raises(InvalidProblem, match=r"lr=3 is outside \(0, "):
         bilevel.solve(problem, UNSTABLE[name], doubles(2.0, 0.0), doubles(2.0, 1.0), steps=5)
 
 

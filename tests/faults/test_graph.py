@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import bilevel
 from bilevel import (
+    BilevelWarning,
     Dense,
     Implicit,
     IneffectiveHyperparameter,
@@ -46,6 +48,15 @@ def far(x: Any, y: Tensor, _: Any) -> Tensor:
 def track(x: Tensor, y: Tensor, _: Any) -> Tensor:
     """A lower objective with y*(x) = x."""
     return 0.5 * (y - x).square().sum()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Assert that nothing of the library's is warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert [str(each.message) for each in caught if issubclass(each.category, BilevelWarning)] == []
 
 
 # -- what x reaches ----------------------------------------------------------------------------------------------------
@@ -124,15 +135,17 @@ def test_row_13_a_leaf_unused_for_a_hundred_products_is_told_once(alternates: bo
     oracles, x, y = open_oracles(problem, {"always": draw(2), "even": draw(2)}, draw(2))
     linearizations = [oracles.linearize_lower(x, y, step) for step in (0, 1)]
     if alternates:
-        for step in range(300):
-            linearizations[step % 2].cross(y)
+        with silence():
+            in_x = [linearizations[step % 2].cross(torch.ones_like(y)).tolist() for step in range(300)]
+        assert in_x == 150 * [[-1, -1, -1, -1], [-1, -1, 0, 0]]
         return
     for _ in range(99):
         linearizations[1].cross(y)
     with pytest.warns(IneffectiveHyperparameter, match="leaf 'even'.* 100 "):
         linearizations[1].cross(y)
-    for _ in range(200):
-        linearizations[1].cross(y)
+    with silence():
+        for _ in range(200):
+            linearizations[1].cross(y)
 
 
 def test_row_13_a_leaf_of_the_upper_loss_alone_is_not_told() -> None:
@@ -141,8 +154,9 @@ def test_row_13_a_leaf_of_the_upper_loss_alone_is_not_told() -> None:
     )
     oracles, x, y = open_oracles(problem, {"direct": draw(3), "below": draw(2)}, draw(2))
     linearization = oracles.linearize_lower(x, y)
-    for _ in range(150):
-        linearization.cross(y)
+    with silence():
+        in_x = [linearization.cross(torch.ones_like(y)).tolist() for _ in range(150)]
+    assert in_x == 150 * [[0, 0, 0, -1, -1]]
 
 
 def test_row_14_frozen_modules_are_refused_and_starts_need_no_gradient() -> None:
@@ -440,7 +454,8 @@ def test_row_24_overlapping_views_are_refused() -> None:
         hypergradient(Problem(upper=far, lower=track), base[:1].expand(3), draw(3))
     # One tensor as the start of both levels is no overlap: starts are copied.
     start = draw(3)
-    hypergradient(Problem(upper=far, lower=track), start, start)
+    found = hypergradient(Problem(upper=far, lower=track), start, start).gradient
+    torch.testing.assert_close(found, 2 * (start - 5), rtol=1e-6, atol=0)
 
 
 # -- what cannot be differentiated twice -------------------------------------------------------------------------------
@@ -557,23 +572,35 @@ def test_rows_25_to_28_an_explicit_way_is_refused(name: str) -> None:
 
 
 def test_rows_25_to_28_the_way_of_the_warning_is_silent() -> None:
+    x, y = 0.5 * draw(4), 0.5 * draw(4, seed=1)
+    plain = Problem(upper=far, lower=quartic_in(torch.square))
+    expected = hypergradient(plain, x, y, estimator=EXACT, certify=False).gradient
     problem = Problem(upper=far, lower=quartic_in(Once.apply), hvp="differences")
-    hypergradient(problem, 0.5 * draw(4), 0.5 * draw(4, seed=1))
+    with silence():
+        found = hypergradient(problem, x, y, estimator=EXACT, certify=False).gradient
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_row_28_compiled_modules_are_taken_as_they_were_before() -> None:
     torch.manual_seed(0)
-    module = nn.Linear(3, 1).double()
-    net = bilevel.functional(torch.compile(module))
-    data = draw(5, 3)
-    problem = Problem(
-        upper=lambda x, y, b: net(y, b).square().sum(),
-        lower=lambda x, y, b: (net(y, b) - x).square().sum(),
-        upper_data=bilevel.Full(data),
-        lower_data=bilevel.Full(data),
-        hvp="double_backward",
-    )
-    hypergradient(problem, draw(), net.parameters())
+    module, data = nn.Linear(3, 1).double(), bilevel.Full(draw(5, 3))
+
+    def gradient(net: Any) -> Tensor:
+        problem = Problem(
+            upper=lambda x, y, b: net(y, b).square().sum(),
+            lower=lambda x, y, b: (net(y, b) - x).square().sum(),
+            upper_data=data,
+            lower_data=data,
+            hvp="double_backward",
+        )
+        found: Tensor = hypergradient(problem, draw(), net.parameters()).gradient  # type: ignore[assignment]
+        return found
+
+    expected = gradient(bilevel.functional(module))
+    with silence():
+        found = gradient(bilevel.functional(torch.compile(module)))
+    assert float(expected.abs()) > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
 
 
 # -- what has no useful derivative -------------------------------------------------------------------------------------
@@ -623,7 +650,11 @@ def test_row_31_a_zero_gradient_by_chance_is_not_told() -> None:
         lower=lambda x, y, b: (x["w"].exp() * y.square()).sum() - y.sum(),
     )
     x = {"w": torch.zeros(3), "a": torch.zeros(2), "b": -torch.ones(2)}
-    open_oracles(problem, x, torch.zeros(3))
+    with silence():
+        oracles, flat_x, flat_y = open_oracles(problem, x, torch.zeros(3))
+    # The premise: at this point all of x has a gradient of zero, above and below.
+    assert not oracles.upper_gradient(flat_x, flat_y).x.any()
+    assert not oracles.linearize_lower(flat_x, flat_y).cross(torch.ones(3)).any()
 
 
 def test_row_32_x_that_enters_by_the_start_alone_is_refused() -> None:

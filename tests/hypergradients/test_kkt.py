@@ -100,7 +100,7 @@ def solved(problem: Problem, x: Tensor, active: Tensor | None = None, face: Any 
         return torch.as_tensor(y, dtype=torch.float64)
 
     declared = oracles.declared(x)
-    split = problem.regularizer is not None and not problem.regularizer.smooth
+    split = problem.kinked
     # The L1 term is smooth in y = p - q with p, q >= 0.
     merge = (lambda z: numbers(z)[:8] - numbers(z)[8:]) if split else numbers
 

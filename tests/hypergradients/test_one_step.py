@@ -165,3 +165,16 @@ def test_blocks() -> None:
 def test_wrong_options_are_refused(call: Any, message: str) -> None:
     with pytest.raises(InvalidProblem, match=message):
         call()
+
+
+def test_a_certificate_without_a_linear_solve_claims_nothing_of_one() -> None:
+    slope, error, growth = (torch.tensor(v, dtype=torch.float64) for v in (0.5, 1e-3, 2.0))
+    counts = bilevel.Counts(gradients=3)
+    found = bilevel.Certificate.unsolved(Status.APPROXIMATE, slope, counts, error_estimate=error, growth=growth)
+    assert found.residual.isnan()
+    assert found.residual.dtype == torch.float64
+    assert found.curvature is found.lower_distance_bound is found.linear_distance_bound is found.margin is None
+    assert (found.status, found.counts, found.growth) == (Status.APPROXIMATE, counts, growth)
+    assert (found.lower_gradient_norm, found.error_estimate) == (slope, error)
+    bare = bilevel.Certificate.unsolved(Status.CONVERGED, slope, counts)
+    assert bare.error_estimate is bare.growth is None

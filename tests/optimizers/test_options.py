@@ -1,13 +1,15 @@
 """What options mean, which are refused, and the helpers that change the step length."""
 
 import dataclasses
+import functools
 import math
 import pickle
 
 import pytest
 import torch
 
-from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, StepDecay
+from bilevel import F2SA, HypergradientDescent, OneStep, Unrolled
+from bilevel.optimizers import LBFGS, SGD, Adam, AdamW, Cosine, Optimizer, Power, Sign, StepDecay
 from bilevel.status import InvalidProblem
 
 Y = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -153,6 +155,73 @@ def test_functions_see_x_and_step():
     for _ in range(3):
         y, state = optimizer.update(y, G, state, {"rate": 7})
     assert seen == [(7, 0), (7, 1), (7, 2)]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "taken"),
+    [
+        (lambda wrong: Adam(lr=wrong), "lr", "step"),
+        (lambda wrong: AdamW(weight_decay=wrong), "weight_decay", "step"),
+        (lambda wrong: SGD(0.1, momentum=wrong), "momentum", "step"),
+        (lambda wrong: Adam(betas=(0.9, wrong)), r"betas\[1\]", "step"),
+        (lambda wrong: Sign(wrong), "lr", "step"),
+        (lambda wrong: Cosine(wrong, steps=3), "start", "step"),
+        (lambda wrong: SGD(0.1).with_lr(wrong), "lr", "step"),
+        (lambda wrong: OneStep(lr=wrong), "lr", "step"),
+        (lambda wrong: F2SA(penalty=wrong), "penalty", "step"),
+        (lambda wrong: SGD(lambda: 0.1), "lr", ""),
+        (lambda wrong: SGD(lambda x, y, step: 0.1), "lr", "x, y, step"),
+        (lambda wrong: SGD(lambda x, *, step: 0.1), "lr", r"x, step"),
+        (lambda wrong: SGD(functools.partial(lambda rate, step: rate, 0.1)), "lr", "step"),
+        (lambda wrong: HypergradientDescent(upper=Adam(lr=wrong)), "lr", "step"),
+        (lambda wrong: Unrolled(lower=SGD(lr=wrong)), "lr", "step"),
+    ],
+)
+def test_a_function_of_other_arguments_is_refused_when_it_is_given(make, name, taken):
+    with pytest.raises(InvalidProblem, match=rf"{name} is a function of \({taken}\).*Write {name}=lambda x, step: "):
+        make(lambda step: 0.1)
+
+
+def test_a_class_is_no_schedule():
+    with pytest.raises(InvalidProblem, match=r"penalty must be .*Power"):
+        F2SA(penalty=Power)
+
+
+def signed(x, step, scale=0.1):
+    return scale
+
+
+class Silent:
+    """A function that does not tell its signature."""
+
+    __signature__ = "unknown"
+
+    def __call__(self, x, step):
+        return 0.1
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        signed,
+        lambda *both: 0.1,
+        lambda x, *rest: 0.1,
+        lambda a, b: 0.1,
+        functools.partial(signed, scale=0.1),
+        functools.partial(lambda scale, x, step: scale, 0.1),
+        Power(0.1, 0.5, limit=0.1),
+        StepDecay(0.1, 0.5, 10),
+        Silent(),
+        Silent().__call__,
+    ],
+)
+def test_functions_of_two_arguments_pass_however_they_are_made(rate):
+    torch.testing.assert_close(move(SGD(rate)), -0.1 * G)
+
+
+def test_a_builtin_without_a_signature_passes():
+    # max(x, step) is x at step 0.
+    torch.testing.assert_close(move(SGD(max), x=0.25), -0.25 * G)
 
 
 def test_one_rate_a_row():

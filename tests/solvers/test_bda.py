@@ -131,7 +131,7 @@ def test_options_and_refusals() -> None:
     ):
         with pytest.raises(InvalidProblem, match=next(iter(options))):
             BDA(**options)  # type: ignore[arg-type]
-    with pytest.raises(InvalidProblem, match="lr=1 is too large"):
+    with pytest.raises(InvalidProblem, match=r"lr=1 is outside \(0, .*stable"):
         bilevel.solve(TASK.problem, BDA(lr=1.0), TASK.x0, TASK.y0, steps=1)
     for task in (toys.box(), toys.wl(), toys.mci()):
         with pytest.raises(InvalidProblem, match="BDA does not handle"):

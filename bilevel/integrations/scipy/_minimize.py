@@ -121,8 +121,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 def _fitting(problem: Problem) -> Solver[Any]:
-    kinks = problem.regularizer is not None and not problem.regularizer.smooth
-    if kinks or problem.lower_set is not None:
+    if problem.proximal:
         return SparseDescent(lower=ProximalGradient(tol=1e-10, max_steps=10_000))
     return HypergradientDescent(
         lower=LBFGS(tol=1e-10), lower_steps=2000, estimator=Implicit(linear=CG(tol=1e-10, max_steps=1000))

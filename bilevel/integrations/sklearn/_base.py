@@ -54,16 +54,11 @@ class Statement:
     y0: Tensor
     upper: Optimizer[Any] | None = None
 
-    @property
-    def kinks(self) -> bool:
-        """Whether the lower level has kinks."""
-        regularizer = self.problem.regularizer
-        return regularizer is not None and not regularizer.smooth
-
     def solver(self, x: Strengths) -> Profile:
         """Return what tunes from x: one penalty by secants, many, or kinks, by signs."""
-        alone = sum(value.numel() for value in x.values()) == 1 and not self.kinks
-        return Profile(self.solve, self.upper or (Secant() if alone else Rprop()), kinks=self.kinks)
+        kinked = self.problem.kinked
+        alone = sum(value.numel() for value in x.values()) == 1 and not kinked
+        return Profile(self.solve, self.upper or (Secant() if alone else Rprop()), kinks=kinked)
 
     def losses(self, x: Strengths, y: Tensor) -> Tensor:
         """Return the validation loss of each fold, `[m]`."""
@@ -146,7 +141,7 @@ class Tuned(BaseEstimator, ABC):
 
     @abstractmethod
     def _learned(self, y: Tensor, folds: Folds) -> None:
-        """Set the fitted attributes from the solution on all data, in units of the user."""
+        """Set the fitted attributes from the solution on all data, in units of the user; the penalties are set."""
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
@@ -192,6 +187,8 @@ class Tuned(BaseEstimator, ABC):
         final = self._stated(whole, groups)
         chosen: Any = self.solution_.best_x
         self.best_params_ = self._natural(chosen, whole)
+        for name, value in self.best_params_.items():
+            setattr(self, f"{name}_", value)
         self.best_score_ = -self.solution_.best_value * self._unit(folds)
         self.cv_results_ = self._results(record, folds)
         self.n_iter_ = len(self.solution_.history)

@@ -76,8 +76,7 @@ class LinearClassifier(ClassifierMixin, Decayed, ABC):
         return {"C": 1 / self._by_group(x)}
 
     def _learned(self, y: Tensor, folds: Folds) -> None:
-        self.C_ = self.best_params_["C"]
-        self.alpha_ = 1 / self.C_
+        self.alpha_ = 1 / self.best_params_["C"]
         rows = y[0].view(-1, folds.train.targets.shape[-1]).numpy().T
         d = folds.scale.shape[1]
         self.coef_ = rows[:, :d] / folds.scale[0].numpy()

@@ -15,7 +15,7 @@ from bilevel.linear import CG, Operator
 from bilevel.linear.preconditioners import Preconditioner, Prepared
 from bilevel.optimizers import Optimizer
 from bilevel.oracles import Oracles
-from bilevel.solvers._base import Metrics, Solver
+from bilevel.solvers._base import Metrics, Solver, moved_x
 
 
 class Lower(NamedTuple):
@@ -106,9 +106,9 @@ class Profile(Solver[ProfileState]):
     def step(self, oracles: Oracles, state: ProfileState) -> ProfileState:
         """Return the state after one lower solution and one upper step."""
         estimate, estimator = self._estimate(oracles, state, False)
-        x, upper = self.upper.update(state.x, estimate.gradient, state.upper)
+        x, upper = moved_x(oracles, self.upper, state.x, estimate.gradient, state.upper)
         metrics = Metrics.of(oracles, state.x, estimate)
-        return ProfileState(oracles.project_x(x), estimate.y, state.step + 1, upper, estimator, metrics)
+        return ProfileState(x, estimate.y, state.step + 1, upper, estimator, metrics)
 
     def certify(self, oracles: Oracles, state: ProfileState) -> Estimate:
         """Return the certified hypergradient at the state's x, at the lower solution there."""

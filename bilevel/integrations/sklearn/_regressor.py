@@ -1,4 +1,4 @@
-"""What linear regressors share."""
+"""What regressors share: how they are fitted; and linear ones, what they predict and report."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bilevel.integrations.sklearn._base import Tuned
 from bilevel.integrations.sklearn._folds import Folds
 
 
-class LinearRegressor(RegressorMixin, Tuned, ABC):
-    """A linear model of numbers with penalties chosen by cross-validation."""
+class Regressor(RegressorMixin, Tuned, ABC):
+    """A model of numbers with penalties chosen by cross-validation."""
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Tune the penalties, then fit all samples.
@@ -36,14 +36,16 @@ class LinearRegressor(RegressorMixin, Tuned, ABC):
         self._tune(X, y, y[:, None], sample_weight, center_targets=True)
         return self
 
+
+class LinearRegressor(Regressor, ABC):
+    """A linear one."""
+
     def predict(self, X: Any) -> Any:
         """Return predictions `[n]` for features `[n, d]`."""
         check_is_fitted(self)
         return validate_data(self, X, dtype=np.float64, reset=False) @ self.coef_ + self.intercept_
 
     def _learned(self, y: Tensor, folds: Folds) -> None:
-        for name, value in self.best_params_.items():
-            setattr(self, f"{name}_", value)
         self.coef_ = (y[0] * folds.target_scale / folds.scale[0]).numpy()
         offset = float(folds.target_center[0, 0]) - float(folds.center[0].numpy() @ self.coef_)
         self.intercept_ = offset if self.fit_intercept else 0.0

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bilevel.data import Full
-from bilevel.integrations.sklearn._base import Statement, Strengths, Tuned, plain
+from bilevel.integrations.sklearn._base import Statement, Strengths, plain
 from bilevel.integrations.sklearn._descent import Lower, cholesky
 from bilevel.integrations.sklearn._folds import Folds
+from bilevel.integrations.sklearn._regressor import Regressor
 from bilevel.integrations.sklearn._secant import Secant
 from bilevel.problem import Problem
 from bilevel.regularizers import L2
@@ -24,7 +24,7 @@ ALPHAS, GAMMAS = (-14.0, 7.0), (-9.0, 3.0)
 """Logarithms of the least and the largest alpha, and gamma times the number of features."""
 
 
-class BilevelKernelRidge(RegressorMixin, Tuned):
+class BilevelKernelRidge(Regressor):
     """Kernel ridge regression whose decay and kernel widths minimize the cross-validated squared error, all at once.
 
         (K + alpha diag(1 / s)) a = t - b,   K_ij = exp(-sum_j gamma_j (z_ij - z_i'j)^2),   prediction <k(z), a> + b
@@ -69,25 +69,6 @@ class BilevelKernelRidge(RegressorMixin, Tuned):
         >>> bool(model.gamma_[0] > 10 * model.gamma_[1]), bool(model.score(X, np.sin(2 * X[:, 0])) > 0.99)
         (True, True)
     """
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Tune alpha and gamma, then fit all samples.
-
-        Args:
-            X: features, `[n, d]`.
-            y: targets, `[n]`.
-            sample_weight: s, `[n]`, >= 0; 1 for all if None.
-
-        Returns:
-            The estimator.
-
-        Raises:
-            ValueError: as the class says.
-        """
-        X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
-        y = y.astype(np.float64)
-        self._tune(X, y, y[:, None], sample_weight, center_targets=True)
-        return self
 
     def predict(self, X: Any) -> Any:
         """Return predictions `[n]` for features `[n, d]`."""
@@ -145,9 +126,8 @@ class BilevelKernelRidge(RegressorMixin, Tuned):
         return {"alpha": float(x["alpha"].exp()), "gamma": plain(x["gamma"].exp(), self.penalty)}
 
     def _learned(self, y: Tensor, folds: Folds) -> None:
-        self.alpha_, self.gamma_ = self.best_params_["alpha"], self.best_params_["gamma"]
         groups = self._groups(folds.scale.shape[1]).numpy()
-        self._gammas = np.atleast_1d(self.gamma_)[groups]
+        self._gammas = np.atleast_1d(self.best_params_["gamma"])[groups]
         self._center, self._scale = folds.center[0].numpy(), folds.scale[0].numpy()
         self.X_fit_ = folds.train.inputs[0].numpy()
         self.dual_coef_ = (y[0] * folds.target_scale).numpy()
