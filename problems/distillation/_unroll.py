@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bilevel.hypergradients._base import Certificate, Estimate
@@ -51,15 +50,6 @@ def window_gradient(
     before = oracles.counts
     found = visit(training, training.start(start), steps, upper_step=upper_step, truncate=window)
     lower_value, lower_gradient = oracles.lower_gradient(training.x, found.last.y, training.first_batch + steps)
-    certificate = Certificate(
-        status=Status.CONVERGED if window is None or window >= steps else Status.APPROXIMATE,
-        residual=torch.full_like(found.growth, float("nan")),
-        lower_gradient_norm=lower_gradient.norm(),
-        curvature=None,
-        error_estimate=None,
-        lower_distance_bound=None,
-        linear_distance_bound=None,
-        counts=oracles.counts - before,
-        growth=found.growth,
-    )
+    status = Status.CONVERGED if window is None or window >= steps else Status.APPROXIMATE
+    certificate = Certificate.unsolved(status, lower_gradient.norm(), oracles.counts - before, growth=found.growth)
     return Estimate(found.x, found.upper.value, lower_value, found.last.y, certificate)
