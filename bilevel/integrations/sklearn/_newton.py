@@ -143,9 +143,9 @@ def newton(
         return _scaled_lbfgs(value, gradient, lambda y: _diagonal(A, curvatures(y), decay), y)
     own = torch.diag_embed(decay)
     H = _hessian(A, curvatures(y)) + own if near is None else near + own
-    inverse, last = Inverse(cholesky(H)), torch.inf
+    inverse, before, last = Inverse(cholesky(H)), value(y), torch.inf
     for _ in range(max_steps):
-        g, before = gradient(y), value(y)
+        g = gradient(y)
         step = inverse(y, g)
         decrement = (g * step).sum(-1)
         if float((decrement / before).max()) > SLOW * last:
@@ -154,7 +154,7 @@ def newton(
             step = inverse(y, g)
             decrement = (g * step).sum(-1)
         previous, last = last, float((decrement / before).max())
-        y = y - _length(value, y, step, before, decrement) * step
+        y, before = _moved(value, y, step, before, decrement)
         if last <= NEGLIGIBLE or ROUNDING > last >= previous:
             break
     return y, H
@@ -193,15 +193,19 @@ class Inverse:
         return step
 
 
-def _length(value: Callable[[Tensor], Tensor], y: Tensor, step: Tensor, before: Tensor, decrement: Tensor) -> Tensor:
-    """Return the length of each fold's step, `[m, 1]`: halved from 1 until the objective falls enough."""
+def _moved(
+    value: Callable[[Tensor], Tensor], y: Tensor, step: Tensor, before: Tensor, decrement: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return y and its objective after the step, halved in each fold until that falls enough."""
     length, noise = torch.ones_like(decrement), 10 * torch.finfo(y.dtype).eps * before.abs()
     for _ in range(40):
-        high = value(y - length.unsqueeze(-1) * step) > before - 1e-4 * length * decrement + noise
+        moved = y - length.unsqueeze(-1) * step
+        after = value(moved)
+        high = after > before - 1e-4 * length * decrement + noise
         if not bool(high.any()):
             break
         length = torch.where(high, length / 2, length)
-    return length.unsqueeze(-1)
+    return moved, after
 
 
 def _scaled_lbfgs(
