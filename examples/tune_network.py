@@ -4,6 +4,7 @@ Each of five seeds draws digits, a network, its batches and their augmentation a
 """
 
 import argparse
+import math
 import statistics
 import time
 from functools import cache
@@ -97,12 +98,14 @@ def augment(images: Tensor, strength: Any, generator: torch.Generator) -> Tensor
     return noisy
 
 
-def by_hypergradients(seed: int, train: Part, validation: Part, steps: int, seconds: float) -> bilevel.Tuned:
-    """Tune all 100 values by hypergradients until the CPU time is spent."""
+def by_hypergradients(
+    seed: int, train: Part, validation: Part, steps: int, seconds: float, moves: int
+) -> bilevel.Tuned:
+    """Tune all 100 values by hypergradients, for so many moves or until the CPU time is spent."""
     start = time.process_time()
     return bilevel.tune(
         network(seed), train, validation, SPACE, augment=augment, batch_size=BATCH, train_steps=steps,
-        optimizer=bilevel.SGD(0.05, momentum=0.9), steps=1000, seed=seed,
+        optimizer=bilevel.SGD(0.05, momentum=0.9), steps=moves, seed=seed,
         callbacks=[lambda event: time.process_time() - start > seconds],
     )  # fmt: skip
 
@@ -176,7 +179,7 @@ def judged(model: nn.Module, part: Part) -> tuple[float, float]:
         return float(F.cross_entropy(outputs, part.labels)), float((outputs.argmax(1) != part.labels).float().mean())
 
 
-def run(seed: int, seconds: float, steps: int = STEPS) -> list[dict[str, Any]]:
+def run(seed: int, seconds: float = math.inf, steps: int = STEPS, moves: int = 1000) -> list[dict[str, Any]]:
     """Choose in four ways on one split, each search with the CPU time that the hypergradients took."""
     train, validation, test = split(seed)
     rows: list[dict[str, Any]] = []
@@ -190,7 +193,7 @@ def run(seed: int, seconds: float, steps: int = STEPS) -> list[dict[str, Any]]:
     start = time.process_time()
     add("hand", 0, 1, start, trained(seed, train, values_of(initial(NINE), steps)))
     start = time.process_time()
-    tuned = by_hypergradients(seed, train, validation, steps, seconds)
+    tuned = by_hypergradients(seed, train, validation, steps, seconds, moves)
     add("hypergradients", 100, len(tuned.solution.history), start, tuned.model)
     spent = rows[-1]["cpu_seconds"]
     for way, space in (("TPE, nine values", NINE), ("TPE, all values", ALL)):
@@ -220,7 +223,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="two seeds, short trainings and searches")
-    seeds, seconds, steps = (2, 0.6, 40) if parser.parse_args().small else (5, 1.5, STEPS)
-    rows = [row for seed in range(seeds) for row in run(seed, seconds, steps)]
+    parser.add_argument("--small", action="store_true", help="two seeds, short trainings")
+    seeds, steps = (2, 40) if parser.parse_args().small else (5, STEPS)
+    rows = [row for seed in range(seeds) for row in run(seed, steps=steps, moves=2)]
     print(table(summary(rows)))
