@@ -1,11 +1,12 @@
 """The estimators of `bilevel.integrations.sklearn` beside grids of scikit-learn, and one decay per feature.
 
-Run `python -m benchmarks.sklearn_door --json FILE`. Rows: data, method, fits, cv_score, test_score, seconds and
+Run `python -m benchmarks.sklearn_door --json FILE`. Rows: data, method, folds, fits, cv_score, test_score, seconds and
 cpu_seconds.
 
-Every method gets the same five folds and the same standardization (a pipeline for scikit-learn's), and its score is
-what it minimizes: the negative squared error, or cross-entropy. Grids have 100 points of one hyperparameter.
-scikit-learn's logistic regression stops early with its default tol; a second grid solves it exactly.
+Every method gets the same five folds and the same standardization (a pipeline for scikit-learn's). Its score is what it
+minimizes, the negative squared error or cross-entropy; or, where so named, scikit-learn's default for such models, R^2
+or accuracy. Grids have 100 points of one hyperparameter. scikit-learn's logistic regression stops early with its
+default tol; further grids solve it exactly. Folds are cut in order, or shuffled with the seeds of `--folds`.
 
 Data with noise features: 10 features that matter and 40 that do not, 400 samples; and 20 that matter and 180 that do
 not, 300 samples, where one decay a feature is more than cross-validation can tell apart. Selection is by
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from sklearn.linear_model import Lasso, LassoCV, LogisticRegression, Ridge, RidgeCV
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -38,42 +39,59 @@ from bilevel.report import Row, table, write_json
 
 POINTS = 100
 SQUARES, ENTROPY = "neg_mean_squared_error", "neg_log_loss"
-COLUMNS = ("data", "method", "fits", "cv_score", "test_score", "seconds", "cpu_seconds")
+COLUMNS = ("data", "method", "folds", "fits", "cv_score", "test_score", "seconds", "cpu_seconds")
 LOADERS = {"diabetes": load_diabetes, "breast_cancer": load_breast_cancer, "digits": load_digits}
 Make = Callable[[], Any]
 
 
-def grid(model: Any, name: str, values: Any, scoring: str) -> Any:
+def grid(model: Any, name: str, values: Any, scoring: str, cv: Any = 5) -> Any:
     """Return scikit-learn's search over one hyperparameter."""
     step = type(model).__name__.lower()
-    return GridSearchCV(make_pipeline(StandardScaler(), model), {f"{step}__{name}": values}, cv=5, scoring=scoring)
+    return GridSearchCV(make_pipeline(StandardScaler(), model), {f"{step}__{name}": values}, cv=cv, scoring=scoring)
 
 
-def regressors() -> dict[str, Make]:
+def regressors(cv: Any) -> dict[str, Make]:
     """Return ways to choose penalties of a regression."""
     decays, strengths = np.logspace(-4, 4, POINTS), np.logspace(-3, 2, POINTS)
     return {
-        "GridSearchCV(Ridge)": lambda: grid(Ridge(), "alpha", decays, SQUARES),
+        "GridSearchCV(Ridge)": lambda: grid(Ridge(), "alpha", decays, SQUARES, cv),
         "RidgeCV, leave one out": lambda: make_pipeline(StandardScaler(), RidgeCV(decays)),
-        "BilevelRidge": BilevelRidge,
-        "BilevelRidge('feature')": lambda: BilevelRidge("feature"),
-        "GridSearchCV(Lasso)": lambda: grid(Lasso(), "alpha", strengths, SQUARES),
-        "LassoCV": lambda: make_pipeline(StandardScaler(), LassoCV(alphas=POINTS, cv=5)),
-        "BilevelLasso": BilevelLasso,
-        "BilevelElasticNet": BilevelElasticNet,
+        "BilevelRidge": lambda: BilevelRidge(cv=cv),
+        "BilevelRidge('feature')": lambda: BilevelRidge("feature", cv=cv),
+        "GridSearchCV(Ridge), R^2": lambda: grid(Ridge(), "alpha", decays, "r2", cv),
+        "BilevelRidge, R^2": lambda: BilevelRidge(cv=cv, scoring="r2"),
+        "GridSearchCV(Lasso)": lambda: grid(Lasso(), "alpha", strengths, SQUARES, cv),
+        "LassoCV": lambda: make_pipeline(StandardScaler(), LassoCV(alphas=POINTS, cv=cv)),
+        "BilevelLasso": lambda: BilevelLasso(cv=cv),
+        "BilevelElasticNet": lambda: BilevelElasticNet(cv=cv),
     }
 
 
-def classifiers() -> dict[str, Make]:
+def classifiers(cv: Any) -> dict[str, Make]:
     """Return ways to choose penalties of a logistic regression."""
-    values = np.logspace(-4, 4, POINTS)
+    values, stopped = np.logspace(-4, 4, POINTS), LogisticRegression(max_iter=10_000)
+    exact = LogisticRegression(tol=1e-8, max_iter=10_000)
     return {
-        "GridSearchCV(LogisticRegression)": lambda: grid(LogisticRegression(max_iter=10_000), "C", values, ENTROPY),
-        "GridSearchCV(LogisticRegression(tol=1e-8))": lambda: grid(
-            LogisticRegression(tol=1e-8, max_iter=10_000), "C", values, ENTROPY
-        ),
-        "BilevelLogisticRegression": BilevelLogisticRegression,
+        "GridSearchCV(LogisticRegression)": lambda: grid(stopped, "C", values, ENTROPY, cv),
+        "GridSearchCV(LogisticRegression(tol=1e-8))": lambda: grid(exact, "C", values, ENTROPY, cv),
+        "BilevelLogisticRegression": lambda: BilevelLogisticRegression(cv=cv),
+        "GridSearchCV(LogisticRegression), accuracy": lambda: grid(stopped, "C", values, "accuracy", cv),
+        "GridSearchCV(LogisticRegression(tol=1e-8)), accuracy": lambda: grid(exact, "C", values, "accuracy", cv),
+        "BilevelLogisticRegression, accuracy": lambda: BilevelLogisticRegression(cv=cv, scoring="accuracy"),
     }
+
+
+def real(name: str, seed: int | None, *, exact: bool) -> list[Row]:
+    """Return rows of one data set, with folds in order (None) or shuffled; without the exact grids they take less."""
+    X, y = LOADERS[name](return_X_y=True)
+    ways, kind = (regressors, KFold) if name == "diabetes" else (classifiers, StratifiedKFold)
+    cv = kind(5) if seed is None else kind(5, shuffle=True, random_state=seed)
+    told_as = "in order" if seed is None else f"seed {seed}"
+    return [
+        {"folds": told_as} | timed(name, method, make, X, y)[0]
+        for method, make in ways(cv).items()
+        if exact or "tol=" not in method
+    ]
 
 
 def timed(data: str, method: str, make: Make, X: Any, y: Any) -> tuple[Row, Any]:
@@ -130,7 +148,7 @@ def noisy(seeds: int, n: int, useful: int, useless: int) -> list[Row]:
             last = model.best_estimator_ if isinstance(model, GridSearchCV) else model
             runs.append(row | {"test_score": float(last.score(X, y))})
         scores = [run["test_score"] for run in runs]
-        numbers = {key: float(np.mean([run[key] for run in runs])) for key in COLUMNS[2:]}
+        numbers = {key: float(np.mean([run[key] for run in runs])) for key in COLUMNS[3:]}
         rows.append({"data": data, "method": name, "test_scores": str(np.round(scores, 4).tolist())} | numbers)
     return rows
 
@@ -142,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", nargs="*", choices=[*LOADERS, "noise"], default=[*LOADERS, "noise"], help="only these"
     )
+    parser.add_argument("--folds", type=int, nargs="*", default=[], help="seeds of further, shuffled folds")
     parser.add_argument("--seeds", type=int, default=5, help="of the data with noise features")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -151,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name == "noise":
             rows += noisy(options.seeds, 400, 10, 40) + noisy(options.seeds, 300, 20, 180)
             continue
-        ways = regressors() if name == "diabetes" else classifiers()
-        rows += [timed(name, method, make, *LOADERS[name](return_X_y=True))[0] for method, make in ways.items()]
+        for seed in [None, *options.folds]:
+            rows += real(name, seed, exact=seed is None)
     print(table(rows, COLUMNS))
     if options.json:
         write_json(options.json, rows)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_diabetes
+from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import Ridge
 
 from benchmarks import sklearn_door
-from bilevel.integrations.sklearn import BilevelRidge
+from bilevel.integrations.sklearn import BilevelLogisticRegression, BilevelRidge
 
 
 def test_samples_share_weights_but_no_rows() -> None:
@@ -30,3 +30,20 @@ def test_a_row_says_what_the_fit_says() -> None:
     row, _ = sklearn_door.timed("diabetes", "theirs", lambda: search, X, y)
     assert row["fits"] == 25
     assert row["cv_score"] == pytest.approx(model.best_score_, rel=1e-3)
+
+
+def test_folds_are_in_order_or_shuffled_and_the_same_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sklearn_door, "POINTS", 3)
+    ordered, shuffled = (sklearn_door.real("breast_cancer", seed, exact=False) for seed in (None, 0))
+    assert {row["folds"] for row in ordered} == {"in order"}
+    assert {row["folds"] for row in shuffled} == {"seed 0"}
+    scores = [{row["method"]: row["cv_score"] for row in rows} for rows in (ordered, shuffled)]
+    assert list(scores[0]) == [
+        "GridSearchCV(LogisticRegression)", "BilevelLogisticRegression",
+        "GridSearchCV(LogisticRegression), accuracy", "BilevelLogisticRegression, accuracy",
+    ]  # fmt: skip
+    assert all(scores[0][method] != scores[1][method] for method in scores[0])
+    X, y = load_breast_cancer(return_X_y=True)
+    assert scores[1]["BilevelLogisticRegression"] == pytest.approx(
+        BilevelLogisticRegression(random_state=0).fit(X, y).best_score_, rel=1e-12
+    )

@@ -18,14 +18,15 @@ def row(way: str, seed: int, loss: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_summary_has_medians_ranges_and_who_won() -> None:
+def test_the_summary_has_means_spreads_and_who_won() -> None:
     losses = {"a": [1.0, 3.0, 2.0], "b": [2.0, 2.5, 2.5]}
     rows = [row(way, seed, loss) for way, values in losses.items() for seed, loss in enumerate(values)]
-    first, second = tune.spread(rows)
-    assert first["validation_loss"] == "2 (1 to 3)"
-    assert first["test_loss"] == "4 (2 to 6)"
-    assert first["trainings"] == 3
-    assert (first["best at"], second["best at"]) == ("2 of 3 seeds", "1 of 3 seeds")
+    first, second = tune.example().summary(rows)
+    assert first["validation_loss"] == "2 ± 1"
+    assert second["validation_loss"] == "2.33 ± 0.29"
+    assert first["test_loss"] == "4 ± 2"
+    assert first["trainings"] == "3 ± 1"
+    assert (first["wins"], second["wins"]) == ("2 of 3", "1 of 3")
 
 
 @pytest.mark.slow
@@ -35,7 +36,7 @@ def test_it_writes_what_the_example_measures(tmp_path: Path, capsys: pytest.Capt
     rows = json.loads(file.read_text())["rows"]
     assert [entry["seed"] for entry in rows] == [0] * 4 + [1] * 4
     assert {entry["values"] for entry in rows} == {0, 9, 100}
-    assert "of 2 seeds" in capsys.readouterr().out
+    assert " of 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow

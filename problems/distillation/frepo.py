@@ -116,10 +116,7 @@ class FRePo(Solver[FRePoState]):
         found = regression.upper_gradient(x, y, upper_step)
         oracles.count(gradients=regression.counts.gradients)
         nothing = torch.zeros_like(found.value)  # the regression is solved in closed form
-        certificate = Certificate(
-            Status.CONVERGED, torch.full_like(found.value, float("nan")), nothing, None, None, None, None,
-            oracles.counts - before,
-        )  # fmt: skip
+        certificate = Certificate.unsolved(Status.CONVERGED, nothing, oracles.counts - before)
         return Estimate(found.x, found.value, oracles.lower_value(x, y, upper_step), y, certificate)
 
     def regression(self, problem: Problem) -> Problem:

@@ -13,12 +13,18 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, OperationalError
+
+from bilevel.status import InvalidProblem, MissingPackage
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 5.0
 """Seconds between attempts; each is twice the last, times a random factor, so that workers do not return together."""
+
+DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
+"""What `pip install` calls the drivers that are imported under another name."""
 
 Kept = TypeVar("Kept")
 
@@ -45,20 +51,43 @@ def _refused(error: BaseException) -> bool:
     return isinstance(error, OperationalError) or isinstance(error.__cause__, OperationalError)
 
 
+def _unusable(url: str, error: Exception) -> Exception:
+    """Return what to tell of a URL for which there is no driver; never its password."""
+    cause = error.__cause__
+    if isinstance(cause, ModuleNotFoundError) and cause.name:
+        shown = make_url(url).render_as_string(hide_password=True)
+        return MissingPackage(
+            f"{shown} needs the database driver {cause.name}: pip install {DRIVERS.get(cause.name, cause.name)}"
+        )
+    if isinstance(error, ArgumentError):
+        return InvalidProblem(
+            f"shared_storage: there is no database behind '{url.partition('://')[0]}://'. Take a path (a journal "
+            "file), sqlite:///study.db, postgresql://user:password@host/name, or mysql+pymysql://user:password@host/name."
+        )
+    return error
+
+
 class Database(BaseStorage):
     """A database storage whose calls are patient.
 
     Args:
         url: of the database.
         patience: seconds.
+
+    Raises:
+        MissingPackage: the driver that the URL needs is not installed.
+        InvalidProblem: it is no URL of a database.
     """
 
     def __init__(self, url: str, patience: float) -> None:
         # SQLite would wait by itself, but in step with everybody else: its share is kept short.
         options = {"connect_args": {"timeout": min(1.0, patience)}} if url.startswith("sqlite") else {}
         self.patience = patience
-        # Opening needs patience too: processes that create the same tables refuse one another.
-        self.inner = patient(lambda: get_storage(RDBStorage(url, engine_kwargs=options)), patience)
+        try:
+            # Opening needs patience too: processes that create the same tables refuse one another.
+            self.inner = patient(lambda: get_storage(RDBStorage(url, engine_kwargs=options)), patience)
+        except (ArgumentError, ImportError) as error:
+            raise _unusable(url, error) from error
 
     def _ask(self, method: Callable[..., Kept], *arguments: Any) -> Kept:
         return patient(lambda: method(*arguments), self.patience)

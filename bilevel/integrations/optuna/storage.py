@@ -16,7 +16,7 @@ def shared_storage(where: str | Path, *, patience: float = 60.0, lock: FileLock 
 
     A path is a journal: one file that is only ever appended to, the simplest choice on one machine (or on a network
     file system, with `lock`). A URL is a database: `sqlite:///study.db` needs nothing but a file, and
-    `postgresql://user@host/name` (or MySQL) a server and its driver.
+    `postgresql://user:password@host/name` or `mysql+pymysql://...` a server and its driver.
 
     - A journal that ends in half a line, because its writer was killed, loses that line only: the next writer removes
       it. Optuna's own writer would go on in the middle of the line, and no process could read the file again.
@@ -30,7 +30,8 @@ def shared_storage(where: str | Path, *, patience: float = 60.0, lock: FileLock 
             several machines on one network file system.
 
     Raises:
-        InvalidProblem: patience < 0, or a lock beside a URL.
+        InvalidProblem: patience < 0, a lock beside a URL, or a URL of no database.
+        MissingPackage: the driver that the URL needs is not installed; the message has the line that installs it.
 
     Example:
         >>> import optuna, tempfile

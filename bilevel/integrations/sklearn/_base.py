@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
 from bilevel.callbacks import Event
-from bilevel.integrations.sklearn._descent import Lower, Profile
+from bilevel.integrations.sklearn._descent import Lower, Profile, Strengths
 from bilevel.integrations.sklearn._folds import Folds, Split
 from bilevel.integrations.sklearn._rprop import Rprop
+from bilevel.integrations.sklearn._scoring import Judge, scorer_of, walk
 from bilevel.integrations.sklearn._secant import Secant
+from bilevel.layout import Layout
 from bilevel.loop import solve
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
@@ -33,9 +36,6 @@ PATIENCE = 10
 """Steps within which the loss must fall."""
 STATIONARY = 1e-2
 """Norm of the hypergradient that ends the descent, in units of `tol` times the loss."""
-
-Strengths = dict[str, Tensor]
-"""Upper variables: logarithms of penalties, one vector for each kind."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,57 @@ class Statement:
             )
         return found
 
+    def moved(self, x: Strengths, by: Strengths) -> Strengths:
+        """Return x + by, projected on the set of x."""
+        assert self.problem.upper_set is not None
+        layout = Layout.of(x)
+        moved = layout.flatten(x) + layout.flatten(by)
+        found: Strengths = layout.unflatten(self.problem.upper_set.bind(layout)(moved))
+        return found
+
+
+class Evaluated(NamedTuple):
+    """One x.
+
+    Args:
+        x: logarithms of penalties.
+        loss: the mean over folds.
+        scores: of each fold, `[m]`, greater is better.
+    """
+
+    x: Strengths
+    loss: float
+    scores: Any
+
 
 class Record:
-    """Every x evaluated, with the loss of each fold; as a callback it says when the descent has nothing to gain.
+    """Every x evaluated, with the score of each fold; as a callback it says when the descent has nothing to gain.
 
     Args:
         statement: what is evaluated.
         tol: fraction of the loss by which it must fall within `PATIENCE` steps.
+        unit: of a loss, in that of the user.
+        judge: (x, y) -> scores `[m]`; None: the negative losses.
     """
 
-    def __init__(self, statement: Statement, tol: float) -> None:
-        self.statement, self.tol = statement, tol
+    def __init__(self, statement: Statement, tol: float, unit: float, judge: Judge | None) -> None:
+        self.statement, self.tol, self.unit, self.judge = statement, tol, unit, judge
         self.best: list[float] = []
-        self.rows: list[tuple[Strengths, Tensor]] = []
+        self.rows: list[Evaluated] = []
         self.next: Strengths = {}
 
     def add(self, x: Strengths, y: Tensor) -> float:
-        """Record the losses at (x, y), return their mean."""
+        """Record what (x, y) is worth, return its mean loss."""
         losses = self.statement.losses(x, y)
-        self.rows.append((x, losses))
-        return float(losses.mean())
+        scores = -losses.numpy() * self.unit if self.judge is None else self.judge(x, y)
+        self.rows.append(Evaluated(x, float(losses.mean()), scores))
+        return self.rows[-1].loss
+
+    def winner(self) -> Evaluated:
+        """Return the row of the best mean score; of equal ones that of the least loss."""
+        best = max(float(row.scores.mean()) for row in self.rows)
+        equal = [row for row in self.rows if math.isclose(float(row.scores.mean()), best, rel_tol=1e-12)]
+        return min(equal, key=lambda row: row.loss)
 
     def __call__(self, event: Event) -> bool:
         """Record where the last step started."""
@@ -117,6 +148,7 @@ class Tuned(BaseEstimator, ABC):
         max_iter: int = 100,
         tol: float = 1e-4,
         random_state: int | None = None,
+        scoring: Any = None,
     ) -> None:
         self.penalty = penalty
         self.cv = cv
@@ -124,6 +156,7 @@ class Tuned(BaseEstimator, ABC):
         self.max_iter = max_iter
         self.tol = tol
         self.random_state = random_state
+        self.scoring = scoring
 
     # -- what a model says of itself -----------------------------------------------------------------------------------
 
@@ -138,6 +171,20 @@ class Tuned(BaseEstimator, ABC):
     @abstractmethod
     def _natural(self, x: Strengths, folds: Folds) -> dict[str, Any]:
         """Return penalties as scikit-learn's estimator takes them (on standardized features)."""
+
+    def _factor(self, x: Strengths, log: float) -> Strengths:
+        """Return the change of x that multiplies all penalties by e^log."""
+        return {name: torch.full_like(value, log) for name, value in x.items()}
+
+    def _truth(self, y: Any) -> Any:
+        """Return targets as the user has them."""
+        return y
+
+    def _chosen(self, x: Strengths, folds: Folds) -> None:
+        """Set `best_params_`, and each of them by its name."""
+        self.best_params_ = self._natural(x, folds)
+        for name, value in self.best_params_.items():
+            setattr(self, f"{name}_", value)
 
     @abstractmethod
     def _learned(self, y: Tensor, folds: Folds) -> None:
@@ -155,7 +202,10 @@ class Tuned(BaseEstimator, ABC):
         folds = Folds.of(X, targets, weights, splits, **options)
         groups = self._groups(X.shape[1])
         statement = self._stated(folds, groups)
-        record = Record(statement, self.tol)
+        judge = None
+        if self.scoring is not None:
+            judge = Judge(scorer_of(self), self, X, self._truth(y), splits, folds)
+        record = Record(statement, self.tol, self._unit(folds), judge)
         best, tried = np.inf, statement.y0
         for x in self._starts(folds, groups):
             tried = statement.solve(x, tried).y
@@ -182,17 +232,31 @@ class Tuned(BaseEstimator, ABC):
                 ConvergenceWarning,
                 stacklevel=3,
             )
+        chosen: Any = self.solution_.best_x
+        self.best_score_ = -self.solution_.best_value * self._unit(folds)
+        if judge is not None:
+            self._look_around(statement, record)
+            chosen, _, scores = record.winner()
+            self.best_score_ = float(scores.mean())
         everything = np.arange(len(X))
         whole = Folds.of(X, targets, weights, [(everything, everything)], **options)
         final = self._stated(whole, groups)
-        chosen: Any = self.solution_.best_x
-        self.best_params_ = self._natural(chosen, whole)
-        for name, value in self.best_params_.items():
-            setattr(self, f"{name}_", value)
-        self.best_score_ = -self.solution_.best_value * self._unit(folds)
+        self._chosen(chosen, whole)
         self.cv_results_ = self._results(record, folds)
         self.n_iter_ = len(self.solution_.history)
         self._learned(final.solve(chosen, final.y0).y, whole)
+
+    def _look_around(self, statement: Statement, record: Record) -> None:
+        """Evaluate the best penalties seen times common factors: the best score seldom lies where the loss is least."""
+        x = record.winner().x
+
+        def evaluate(log: float, y: Tensor) -> tuple[float, Tensor]:
+            near = statement.moved(x, self._factor(x, log))
+            y = statement.solve(near, y).y
+            record.add(near, y)
+            return float(record.rows[-1].scores.mean()), y
+
+        walk(evaluate, self.solution_.best_y)
 
     def _unit(self, folds: Folds) -> float:
         """Return the factor from losses to those in units of the user."""
@@ -200,13 +264,15 @@ class Tuned(BaseEstimator, ABC):
 
     def _results(self, record: Record, folds: Folds) -> dict[str, Any]:
         """Return scikit-learn's table, a row for each x that was evaluated."""
-        params = [self._natural(x, folds) for x, _ in record.rows]
-        scores = -torch.stack([losses for _, losses in record.rows]).numpy() * self._unit(folds)
+        params = [self._natural(row.x, folds) for row in record.rows]
+        scores = np.stack([row.scores for row in record.rows])
         mean = scores.mean(1)
         table: dict[str, Any] = {"params": params}
         table |= {f"param_{name}": np.array([row[name] for row in params]) for name in params[0]}
         table |= {f"split{k}_test_score": scores[:, k] for k in range(scores.shape[1])}
         rank = 1 + (mean[:, None] < mean[None, :]).sum(1)
+        if self.scoring is not None:
+            table["mean_test_loss"] = np.array([row.loss for row in record.rows]) * self._unit(folds)
         return table | {"mean_test_score": mean, "std_test_score": scores.std(1), "rank_test_score": rank}
 
     # -- the door ------------------------------------------------------------------------------------------------------

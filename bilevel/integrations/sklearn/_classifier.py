@@ -12,7 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from bilevel.integrations.sklearn._base import Strengths
+from bilevel.integrations.sklearn._descent import Strengths
 from bilevel.integrations.sklearn._folds import Folds, Split
 from bilevel.integrations.sklearn._linear import Decayed
 
@@ -71,6 +71,9 @@ class LinearClassifier(ClassifierMixin, Decayed, ABC):
                         f"The training part of fold {k} has no sample of class {name}; use fewer folds, or "
                         "stratified ones."
                     )
+
+    def _truth(self, y: Any) -> Any:
+        return self.classes_[y]
 
     def _natural(self, x: Strengths, folds: Folds) -> dict[str, Any]:
         return {"C": 1 / self._by_group(x)}

@@ -17,6 +17,9 @@ from bilevel.optimizers import Optimizer
 from bilevel.oracles import Oracles
 from bilevel.solvers._base import Metrics, Solver, moved_x
 
+Strengths = dict[str, Tensor]
+"""Upper variables: logarithms of penalties, one vector for each kind."""
+
 
 class Lower(NamedTuple):
     """A solution of the lower level.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel.data import Full
-from bilevel.integrations.sklearn._base import Statement, Strengths, Tuned, plain
-from bilevel.integrations.sklearn._descent import Lower, cholesky
+from bilevel.integrations.sklearn._base import Statement, Tuned, plain
+from bilevel.integrations.sklearn._descent import Lower, Strengths, cholesky
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._newton import Loss, newton
 from bilevel.problem import Problem

@@ -106,8 +106,8 @@ def newton(
 ) -> tuple[Tensor, Tensor]:
     """Minimize `sum_i s_i loss(A_i y) + sum_j decay_j y_j^2 / 2` in each fold.
 
-    Each fold halves its own steps until its objective falls enough, and keeps its Hessian while that serves.
-    With more than `DENSE` weights, L-BFGS.
+    Each fold halves its own steps until its objective falls enough. A Hessian is kept while it serves, corrected by
+    what the gradients of later steps say of it. With more than `DENSE` weights, L-BFGS.
 
     Args:
         loss: of scores.
@@ -118,7 +118,7 @@ def newton(
         max_steps: of Newton's method.
 
     Returns:
-        The minimizers `[m, d c]`, and the Hessians `[m, d c, d c]` there or a step or two before; from L-BFGS their
+        The minimizers `[m, d c]`, and the Hessians `[m, d c, d c]` there or at an earlier step; from L-BFGS their
         diagonals `[m, d c]`.
 
     References:
@@ -143,32 +143,69 @@ def newton(
         return _scaled_lbfgs(value, gradient, lambda y: _diagonal(A, curvatures(y), decay), y)
     own = torch.diag_embed(decay)
     H = _hessian(A, curvatures(y)) + own if near is None else near + own
-    factor, last = cholesky(H), torch.inf
+    inverse, before, last = Inverse(cholesky(H)), value(y), torch.inf
     for _ in range(max_steps):
-        g, before = gradient(y).unsqueeze(-1), value(y)
-        step = torch.cholesky_solve(g, factor)
-        decrement = (g * step).sum((-2, -1))
+        g = gradient(y)
+        step = inverse(y, g)
+        decrement = (g * step).sum(-1)
         if float((decrement / before).max()) > SLOW * last:
             H = _hessian(A, curvatures(y)) + own
-            factor = cholesky(H)
-            step = torch.cholesky_solve(g, factor)
-            decrement = (g * step).sum((-2, -1))
+            inverse = Inverse(cholesky(H))
+            step = inverse(y, g)
+            decrement = (g * step).sum(-1)
         previous, last = last, float((decrement / before).max())
-        y = y - _length(value, y, step.squeeze(-1), before, decrement) * step.squeeze(-1)
+        y, before = _moved(value, y, step, before, decrement)
         if last <= NEGLIGIBLE or ROUNDING > last >= previous:
             break
     return y, H
 
 
-def _length(value: Callable[[Tensor], Tensor], y: Tensor, step: Tensor, before: Tensor, decrement: Tensor) -> Tensor:
-    """Return the length of each fold's step, `[m, 1]`: halved from 1 until the objective falls enough."""
+class Inverse:
+    """The inverse of a Hessian of an earlier step, kept near the present one by BFGS updates.
+
+    Args:
+        factor: Cholesky factors of the Hessians, `[m, d, d]`.
+
+    References:
+        Nocedal, Wright, "Numerical optimization", 2006, algorithm 7.4, with the factor as its first matrix.
+    """
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, y: Tensor, g: Tensor) -> Tensor:
+        """Return the Newton step `[m, d]` for the gradient g at y, and learn from the change since the last call."""
+        if self.last is not None:
+            s, z = y - self.last[0], g - self.last[1]
+            along = (s * z).sum(-1, keepdim=True)
+            usable = along > torch.finfo(y.dtype).eps * z.square().sum(-1, keepdim=True)
+            self.pairs.append((s, z, torch.where(usable, 1 / along, 0.0)))
+        self.last = y, g
+        weights = []
+        for s, z, inverse in reversed(self.pairs):
+            weights.append(inverse * (s * g).sum(-1, keepdim=True))
+            g = g - weights[-1] * z
+        step = torch.cholesky_solve(g.unsqueeze(-1), self.factor).squeeze(-1)
+        for (s, z, inverse), weight in zip(self.pairs, reversed(weights), strict=True):
+            step = step + s * (weight - inverse * (z * step).sum(-1, keepdim=True))
+        return step
+
+
+def _moved(
+    value: Callable[[Tensor], Tensor], y: Tensor, step: Tensor, before: Tensor, decrement: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return y and its objective after the step, halved in each fold until that falls enough."""
     length, noise = torch.ones_like(decrement), 10 * torch.finfo(y.dtype).eps * before.abs()
     for _ in range(40):
-        high = value(y - length.unsqueeze(-1) * step) > before - 1e-4 * length * decrement + noise
+        moved = y - length.unsqueeze(-1) * step
+        after = value(moved)
+        high = after > before - 1e-4 * length * decrement + noise
         if not bool(high.any()):
             break
         length = torch.where(high, length / 2, length)
-    return length.unsqueeze(-1)
+    return moved, after
 
 
 def _scaled_lbfgs(

@@ -11,8 +11,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from bilevel.data import Full
-from bilevel.integrations.sklearn._base import Statement, Strengths, plain
-from bilevel.integrations.sklearn._descent import Lower, cholesky
+from bilevel.integrations.sklearn._base import Statement, plain
+from bilevel.integrations.sklearn._descent import Lower, Strengths, cholesky
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._regressor import Regressor
 from bilevel.integrations.sklearn._secant import Secant
@@ -42,6 +42,7 @@ class BilevelKernelRidge(Regressor):
         max_iter: as in `BilevelRidge`.
         tol: likewise.
         random_state: likewise.
+        scoring: likewise, with alpha alone moved around the best.
 
     Attributes:
         alpha_: a number, in units of scikit-learn's `KernelRidge`.
@@ -121,6 +122,9 @@ class BilevelKernelRidge(Regressor):
             for gamma in (-5.0, -2.5, 0.0)
             for alpha in (2.0, -1.0, -4.0, -7.0)
         ]
+
+    def _factor(self, x: Strengths, log: float) -> Strengths:
+        return super()._factor(x, log) | {"gamma": torch.zeros_like(x["gamma"])}
 
     def _natural(self, x: Strengths, folds: Folds) -> dict[str, Any]:
         return {"alpha": float(x["alpha"].exp()), "gamma": plain(x["gamma"].exp(), self.penalty)}

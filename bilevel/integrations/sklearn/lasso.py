@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bilevel.data import Full
-from bilevel.integrations.sklearn._base import Statement, Strengths, plain
-from bilevel.integrations.sklearn._descent import Lower
+from bilevel.integrations.sklearn._base import Statement, plain
+from bilevel.integrations.sklearn._descent import Lower, Strengths
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._linear import halved, squares
 from bilevel.integrations.sklearn._regressor import LinearRegressor
@@ -43,6 +43,7 @@ class BilevelElasticNet(LinearRegressor):
         max_iter: likewise.
         tol: likewise.
         random_state: likewise.
+        scoring: likewise.
 
     Attributes:
         alpha_: `a + c`, a number or `[n_groups]`; on standardized features, in units of scikit-learn's `ElasticNet`.
@@ -141,6 +142,7 @@ class BilevelLasso(BilevelElasticNet):
         max_iter: likewise.
         tol: likewise.
         random_state: likewise.
+        scoring: likewise.
 
     Attributes:
         alpha_: the strengths, a number or `[n_groups]`; on standardized features, in units of scikit-learn's `Lasso`.

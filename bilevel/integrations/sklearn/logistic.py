@@ -36,12 +36,13 @@ class BilevelLogisticRegression(LinearClassifier):
         max_iter: as in `BilevelRidge`.
         tol: likewise.
         random_state: likewise.
+        scoring: likewise.
 
     Attributes:
         C_: a number or `[n_groups]`; on standardized features, in units of scikit-learn's `LogisticRegression`.
         alpha_: `1 / C_`.
         best_params_: `{"C": C_}`.
-        best_score_: the negative cross-entropy (scikit-learn's `neg_log_loss`), mean over folds.
+        best_score_: the negative cross-entropy (scikit-learn's `neg_log_loss`), mean over folds; or the mean score.
         cv_results_: as in `BilevelRidge`.
         classes_: the classes, sorted.
         coef_: weights of the features as given, `[1, d]` for two classes, `[n_classes, d]` for more.

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.integrations.sklearn._base import Statement, Strengths
+from bilevel.integrations.sklearn._base import Statement
+from bilevel.integrations.sklearn._descent import Strengths
 from bilevel.integrations.sklearn._folds import Folds
 from bilevel.integrations.sklearn._linear import Decayed, least_squares
 from bilevel.integrations.sklearn._regressor import LinearRegressor
@@ -32,12 +33,18 @@ class BilevelRidge(LinearRegressor, Decayed):
             is below `0.01 tol` times the loss. It also ends where no log-decay moves by more than 0.01.
         random_state: shuffle the samples before they are cut into `cv` folds, with this seed. None: as they come, as in
             scikit-learn. All else is deterministic.
+        scoring: a score to choose by, of scikit-learn's: a name such as "r2", or a function `(estimator, X, y) ->
+            float`. It needs no slope: the descent is as without, then each point evaluated is scored, and so are points
+            around the best, all its penalties times common factors: in steps of a twelfth of a decade to both sides
+            until six bring nothing better, then in halves and quarters of a step. Of equal scores that of the least
+            loss is taken. As in `GridSearchCV`, samples are not weighted in the score. None: the loss itself.
 
     Attributes:
         alpha_: the decays, a number or `[n_groups]`; on standardized features, in units of scikit-learn's `Ridge`.
         best_params_: `{"alpha": alpha_}`.
-        best_score_: the negative mean squared error over folds that they reached.
-        cv_results_: a row for each point evaluated, as from `GridSearchCV`.
+        best_score_: the negative mean squared error over folds that they reached, or their mean score.
+        cv_results_: a row for each point evaluated, as from `GridSearchCV`; with `scoring` its loss too,
+            `mean_test_loss`.
         coef_: weights of the features as given, `[d]`.
         intercept_: b for these.
         solution_: the bilevel `Solution`: history, status, and the certificate of the last hypergradient.
@@ -45,11 +52,12 @@ class BilevelRidge(LinearRegressor, Decayed):
         n_features_in_: d.
 
     Raises:
-        ValueError: at `fit`, data that scikit-learn refuses, an option out of its range, or groups that do not fit.
+        ValueError: at `fit`, data that scikit-learn refuses, an option out of its range, groups that do not fit, or a
+            score that is no number on some fold.
 
     Cost:
-        Each of the `8 + n_iter_` points: K Cholesky factors of d x d matrices and four passes over the data. Memory: K
-        copies of the data.
+        Each of the `8 + n_iter_` points (and some 20 more for a score): K Cholesky factors of d x d matrices and four
+        passes over the data. Memory: K copies of the data.
 
     Notes:
         Many decays can fit the folds too well: judge on samples that `fit` has not seen. Ends with a

@@ -1,15 +1,18 @@
-"""Shared storage: a journal whose writer was killed, a database that is locked."""
+"""Shared storage: a journal whose writer was killed, a database that is locked, or whose driver is missing."""
 
+import re
 import sqlite3
+import sys
 import threading
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
 from sqlalchemy.exc import OperationalError
 
 import bilevel
-from bilevel.integrations.optuna import shared_storage
-from bilevel.integrations.optuna._database import patient
+from bilevel.integrations.optuna import run_trials, shared_storage
+from bilevel.integrations.optuna._database import Database, patient
 from bilevel.integrations.optuna._journal import Flock
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -130,3 +133,41 @@ def test_bad_options_are_refused(tmp_path):
         shared_storage(tmp_path / "journal.log", patience=-1.0)
     with pytest.raises(bilevel.InvalidProblem, match="journal files"):
         shared_storage("sqlite://", lock=Flock(str(tmp_path / "f")))
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "line"),
+    [
+        ("postgresql+psycopg2://me:secret@host/name", "psycopg2", "pip install psycopg2-binary"),
+        ("postgresql+psycopg://me:secret@host/name", "psycopg", "pip install 'psycopg[binary]'"),
+        ("mysql+pymysql://me:secret@host/name", "pymysql", "pip install pymysql"),
+        ("mysql://me:secret@host/name", "MySQLdb", "pip install mysqlclient"),
+    ],
+)
+def test_the_driver_of_a_server_that_is_missing_is_named(url, driver, line, monkeypatch):
+    monkeypatch.setitem(sys.modules, driver, None)  # also where it is installed
+    with pytest.raises(
+        bilevel.MissingPackage, match=f"needs the database driver {driver}: {re.escape(line)}"
+    ) as caught:
+        shared_storage(url)
+    assert "secret" not in str(caught.value)
+    assert isinstance(caught.value, ImportError)
+
+
+@pytest.mark.parametrize("url", ["redis://host", "sqlite+nosuch:///study.db", "://study"])
+def test_what_is_no_database_is_refused(url):
+    with pytest.raises(bilevel.InvalidProblem, match=r"no database behind .* Take a path"):
+        shared_storage(url)
+
+
+def test_a_url_is_a_database_and_a_path_a_journal(tmp_path):
+    for where, kind in ((f"sqlite:///{tmp_path}/study.db", Database), (str(tmp_path / "journal.log"), JournalStorage)):
+        storage = shared_storage(where)
+        assert type(storage) is kind
+        study = optuna.create_study(study_name="s", storage=storage)
+        run_trials(study, square, 3)
+        again = optuna.load_study(study_name="s", storage=shared_storage(where))
+        assert [trial.state.name for trial in again.trials] == ["COMPLETE"] * 3
+        assert again.best_value == study.best_value
+    assert (tmp_path / "study.db").stat().st_size > 0
+    assert (tmp_path / "journal.log").stat().st_size > 0

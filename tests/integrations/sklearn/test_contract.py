@@ -36,7 +36,9 @@ def fitted(estimator: Any, *arguments: Any, **options: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # scikit-learn's checks provoke some
-@parametrize_with_checks(ESTIMATORS)  # type: ignore[untyped-decorator, unused-ignore]
+@parametrize_with_checks(
+    [*ESTIMATORS, door.BilevelRidge(scoring="r2", cv=2), door.BilevelLogisticRegression(scoring="accuracy")]
+)  # type: ignore[untyped-decorator, unused-ignore]
 def test_scikit_learn_approves(estimator: Any, check: Any) -> None:
     check(estimator)
 
@@ -95,6 +97,7 @@ def test_folds_are_shuffled_by_random_state_alone(estimator: Any) -> None:
         ({"penalty": [0, 1]}, "one entry for each of 4 features"),
         ({"max_iter": 0}, "max_iter must be an int >= 1, got 0"),
         ({"tol": 0.0}, "tol must be a number > 0, got 0.0"),
+        ({"scoring": ("r2",)}, "scoring must be None .*, a name such as 'accuracy' or 'r2', or a function"),
         ({"cv": 1}, "n_splits=1"),
         ({"cv": []}, "cv gave no folds"),
         ({"cv": [(np.arange(60), np.array([], dtype=int))]}, "Fold 0 has a part without samples"),
@@ -135,3 +138,28 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'bilevel\[sklearn\]'"):
         importlib.import_module("bilevel.integrations.sklearn")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=NAMES)
+def test_missing_numbers_and_no_samples_are_refused(estimator: Any) -> None:
+    X, y = data(estimator)
+    hole = X.copy()
+    hole[7, 2] = np.nan
+    with pytest.raises(ValueError, match="contains NaN"):
+        clone(estimator).fit(hole, y)
+    with pytest.raises(ValueError, match="minimum of"):
+        clone(estimator).fit(X[:0], y[:0])
+
+
+@pytest.mark.filterwarnings("ignore:Only one class is present")  # scikit-learn's own
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if is_classifier(e)], ids=lambda e: type(e).__name__)
+def test_one_class_in_all_is_refused_and_in_a_validation_part_only_where_the_score_needs_two(estimator: Any) -> None:
+    X, y = data(estimator)
+    with pytest.raises(ValueError, match="needs at least 2 classes; the data contain 1 class"):
+        clone(estimator).fit(X, 0 * y)
+    zeros = np.flatnonzero(y == 0)
+    cv = [(np.setdiff1d(np.arange(60), zeros[i::3]), zeros[i::3]) for i in range(3)]  # the loss needs no second class
+    assert np.isfinite(fitted(clone(estimator).set_params(cv=cv), X, y).best_score_)
+    scored = clone(estimator).set_params(cv=cv, scoring="roc_auc")
+    with pytest.raises(ValueError, match=r"on the folds. A fold may lack a class|one class"):
+        scored.fit(X, y)
