@@ -121,18 +121,17 @@ def frepo(job: Job) -> Distilled:
 
 def rat_bptt(job: Job) -> Distilled:
     """Return what RaT-BPTT makes; for one image a class, windows as long as the short trainings."""
-    one, normed = job.ipc == 1, job.kind != "no norm"
-    steps, unroll = job.steps(600 if normed else 300, 250), 30 if normed else 60
+    one, steps = job.ipc == 1, job.steps(300, 150)
     task = dd.distillation(
-        job.split.train, job.network, ipc=job.ipc, start=job.centers() if one else "real", batch_size=256,
-        synthetic_batch=None if one else 50,
+        job.split.train, job.network, ipc=job.ipc, start=job.centers() if one else "real", loss="mse",
+        learn_targets=True, learn_temperature=True,
     )  # fmt: skip
     solver = dd.RaTBPTT(
         job.network,
-        unroll=unroll if one else unroll + 10,
-        window=unroll if one else 20,
-        lower=bilevel.SGD(0.1 if normed else 0.03),
-        upper=bilevel.Adam(bilevel.Cosine(0.03 if one else 0.02, steps=steps)),
+        unroll=30 if one else 40,
+        window=30 if one else 20,
+        lower=bilevel.Adam(3e-3),
+        upper=bilevel.Adam(bilevel.Cosine(0.05 if one else 0.03, steps=steps)),
     )
     solution = solved(task, solver, steps)
     return Distilled([task.synthetic(solution.x)], solution.state.step)
