@@ -23,6 +23,7 @@ def test_rows(tmp_path: Path) -> None:
     assert all(set(first_order.COLUMNS) == row.keys() and row["ratio"] > 0 and row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_order.SOLVERS)
 def test_a_step_is_compared_with_the_derivatives_that_it_takes(name: str) -> None:
     work = first_order.weights(16, quick=True)

@@ -104,6 +104,7 @@ def test_the_cotangent_is_exact_and_every_step_is_pulled_once(schedule: Schedule
     assert took.state_bytes == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("steps", [1, 7, 61])
 def test_live_states_never_exceed_the_budget(schedule: Schedule, steps: int) -> None:

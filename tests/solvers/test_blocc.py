@@ -140,6 +140,7 @@ def test_iterates_stay_in_their_sets() -> None:
 # -- what it solves ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "solver", "steps", "tolerance"),
     [

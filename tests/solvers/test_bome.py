@@ -89,6 +89,7 @@ def test_too_few_lower_steps_answer_wrongly() -> None:
     assert error > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "tolerance"), [(toys.sc(), 1e-3), (toys.mc(), 2e-3), (toys.sin(), 1e-2), (toys.shen(), 1e-2)],
     ids=["sc", "mc", "sin", "shen"],

@@ -95,6 +95,7 @@ def test_float32_keeps_dtype_and_comes_close(name: str, device: str) -> None:
     assert error <= 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nested_variables_and_sets(name: str) -> None:
     task = nested()
@@ -107,6 +108,7 @@ def test_nested_variables_and_sets(name: str) -> None:
     assert bool((flat.abs() == 0.1).any()), "the unconstrained solution lies outside the box"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_twice_fifty_steps_are_a_hundred(name: str) -> None:
     task, solver = bilevel.problems.quadratic(), make(name)

@@ -242,6 +242,7 @@ def test_solutions_have_the_bias_of_their_penalty(solver: Any) -> None:
     assert 9 <= errors[0] / errors[1] <= 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GAPS)
 @pytest.mark.parametrize("penalty", [2.0, 30.0])
 def test_an_adversary_below_leaves_no_bias(name: str, penalty: float) -> None:

@@ -19,6 +19,7 @@ def solved(task: Task, solver: KKT, steps: int = 6) -> bilevel.Solution:
     return bilevel.solve(task.problem, solver, task.x0, task.y0, steps=steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ineq, mci, box, llc, partial(llc, n=8)], ids=["ineq", "mci", "box", "llc", "llc-8"])
 def test_constrained_toys(make: Callable[[], Task]) -> None:
     task = make()

@@ -123,6 +123,7 @@ def test_cost_is_as_stated() -> None:
 # -- what it solves ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "solver", "steps", "tolerance"),
     [

@@ -134,6 +134,7 @@ def test_bias_falls_like_one_over_the_penalty() -> None:
 FAST = Power(1.0, 0.75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "solver", "x_error", "y_error"),
     [

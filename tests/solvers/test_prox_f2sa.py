@@ -87,6 +87,7 @@ def test_the_solution_of_the_penalized_problem_does_not_move() -> None:
 # -- neither strongly convex nor convex --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0.0, 3.0, 6.0])
 @pytest.mark.parametrize("prox", [0.5, math.inf])
 def test_sine_finds_the_right_valley(start: float, prox: float) -> None:

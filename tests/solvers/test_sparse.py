@@ -150,6 +150,7 @@ OPTIONS: dict[str, SparseDescent] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_change_the_way_and_not_the_end(name: str) -> None:
     solution = bilevel.solve(lasso(), OPTIONS[name], number(-1.2), ZERO, steps=50)

@@ -120,6 +120,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: type(case.solver).__name__)
 def test_the_measure_ends_the_solve_and_is_the_one_of_the_paper(case: Case) -> None:
     states: list[Any] = []

@@ -91,6 +91,7 @@ def test_the_lock_excludes_and_is_freed(tmp_path):
     assert order == ["one", "other"]
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_asked_again(tmp_path):
     study = opened(f"sqlite:///{tmp_path}/study.db", patience=30.0)
     holder = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)

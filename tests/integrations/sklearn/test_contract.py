@@ -59,6 +59,7 @@ def test_attributes_tell_one_story(estimator: Any) -> None:
     assert model.n_features_in_ == X.shape[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=NAMES)
 @pytest.mark.parametrize("penalty", ["feature", ["a", "b", "a", "b"]], ids=["feature", "groups"])
 def test_more_penalties_never_fit_the_folds_worse_than_the_best_shared_start(estimator: Any, penalty: Any) -> None:
@@ -80,6 +81,7 @@ def test_predictions_do_not_depend_on_the_units_of_features(estimator: Any) -> N
     np.testing.assert_allclose(other.predict(X * factors + shift), one.predict(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=NAMES)
 def test_folds_are_shuffled_by_random_state_alone(estimator: Any) -> None:
     X, y = data(estimator)

@@ -32,6 +32,7 @@ def data(estimator: Any) -> tuple[Any, Any]:
     return make_regression(90, 4, n_informative=2, noise=20.0, random_state=0)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("penalty", ["shared", "feature"])
 def test_the_best_of_the_points_seen_is_chosen(estimator: Any, penalty: str) -> None:
